@@ -1,0 +1,191 @@
+"""The one report behind every command: `--json` prints it, the tables are views of it.
+
+Field names are the JSON contract (schema 1). ``None`` stands for what does not apply; a NaN never appears.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+from typing import Any, Literal
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a pass left something alone. A value, never an exception: not matching is an answer."""
+
+    reason: str
+    node: str = ""
+    hint: str = ""
+    by: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"pass": self.by, "reason": self.reason, "node": self.node, "hint": self.hint}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRecord:
+    """A model on disk: nodes (subgraphs included, function bodies not), bytes of initializers, fingerprint."""
+
+    path: str
+    nodes: int
+    weight_bytes: int
+    fingerprint: str | None = None
+    parameters: int | None = None
+    active_parameters: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockRecord:
+    """One sparse block. `parameters` counts the experts'; `active_parameters` those that one token uses."""
+
+    name: str
+    kind: str
+    spelling: str
+    experts: int | None
+    top_k: int | None
+    hidden: int | None
+    inner: int | None
+    activation: str | None
+    gated: bool | None
+    router: str | None
+    form: str | None
+    parameters: int | None
+    active_parameters: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class PassRecord:
+    """What one pass did."""
+
+    name: str
+    kind: Literal["exact", "lossy"]
+    matched: int
+    rewritten: int
+    refused: int
+    ms: float
+    nodes_before: int
+    nodes_after: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyRecord:
+    """How a result was compared with its original.
+
+    `passed` is None when nothing was compared. `inputs` describes each run. `tokens_left_out` counts tokens whose
+    routing is a near-tie that rounding flips (`router_margin` is the smallest margin seen); they are not compared.
+    """
+
+    method: Literal["whole", "blocks", "none"]
+    passed: bool | None
+    runs: int = 0
+    max_abs_error: float | None = None
+    max_rel_error: float | None = None
+    inputs: list[str] = dataclasses.field(default_factory=list)
+    router_margin: float | None = None
+    tokens_left_out: int = 0
+    failure: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchRow:
+    model: str
+    tokens: int
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    ratio_to_first: float
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchModel:
+    model: str
+    create_s: float | None
+    rss_mb: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchRecord:
+    """Interleaved measurement: rows a (model, token count), models with creation time and resident memory."""
+
+    threads: int
+    rounds: int
+    rows: list[BenchRow]
+    models: list[BenchModel]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacementRecord:
+    provider: str
+    nodes: int
+
+
+@dataclasses.dataclass
+class Report:
+    command: str
+    target: str | None = None
+    model: ModelRecord | None = None
+    output: ModelRecord | None = None
+    blocks: list[BlockRecord] = dataclasses.field(default_factory=list)
+    refusals: list[Refusal] = dataclasses.field(default_factory=list)
+    passes: list[PassRecord] = dataclasses.field(default_factory=list)
+    verify: VerifyRecord | None = None
+    bench: BenchRecord | None = None
+    placement: list[PlacementRecord] | None = None
+    diff: dict[str, Any] | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data, in the order of the fields, without sections that the command does not have."""
+        data: dict[str, Any] = {
+            "schema": SCHEMA,
+            "command": self.command,
+            "tool": tool_versions(),
+            "target": self.target,
+            "model": _plain(self.model),
+            "output": _plain(self.output),
+            "blocks": [_plain(block) for block in self.blocks],
+            "refusals": [refusal.to_json() for refusal in self.refusals],
+            "passes": [_plain(record) for record in self.passes],
+            "verify": _plain(self.verify),
+            "bench": _plain(self.bench),
+            "placement": None if self.placement is None else [_plain(record) for record in self.placement],
+            "diff": self.diff,
+            "notes": list(self.notes),
+        }
+        return _finite(data)
+
+    def dumps(self) -> str:
+        return json.dumps(self.to_json(), indent=1, allow_nan=False)
+
+
+def tool_versions() -> dict[str, str]:
+    versions = {}
+    for key, distribution in (("sparse_onnx", "sparse-onnx"), ("onnxruntime", "onnxruntime")):
+        try:
+            versions[key] = importlib.metadata.version(distribution)
+        except (
+            importlib.metadata.PackageNotFoundError
+        ):  # a renamed runtime (onnxruntime-gpu) or a bare checkout
+            versions[key] = "unknown"
+    return versions
+
+
+def _plain(record: Any) -> Any:
+    return None if record is None else dataclasses.asdict(record)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

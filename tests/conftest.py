@@ -1,0 +1,19 @@
+"""Shared paths; test helpers import as top-level modules (`from builders import ...`)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Path:
+    """Graphs by other exporters, beside the checkout."""
+    folder = Path(__file__).parents[2] / "shared" / "corpus"
+    if not folder.is_dir():
+        pytest.skip(f"no corpus at {folder}")
+    return folder
