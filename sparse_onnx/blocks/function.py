@@ -1,0 +1,69 @@
+"""The neutral operators as model-local functions: what makes a model in neutral form run anywhere."""
+
+from __future__ import annotations
+
+import onnx.parser
+import onnx_ir as ir
+
+from sparse_onnx.blocks.body import body_text
+from sparse_onnx.blocks.moe import is_neutral
+from sparse_onnx.blocks.spec import DOMAIN, DOMAIN_VERSION
+from sparse_onnx.core.errors import ModelError
+
+MIN_OPSET = 18
+
+
+def make_function(op: str, opset: int) -> ir.Function:
+    """The definition of a neutral operator.
+
+    Args:
+        op: ``MoE`` or ``GatedMoE``.
+        opset: the model's version of the default domain.
+
+    Raises:
+        ModelError: an opset below 18, which the body cannot be written in.
+    """
+    if opset < MIN_OPSET:
+        raise ModelError(
+            f"opset {opset} is too old for {DOMAIN}::{op}, which needs {MIN_OPSET}",
+            "convert the model to a newer opset first",
+        )
+    function = ir.serde.deserialize_function(onnx.parser.parse_function(body_text(op, DOMAIN, opset)))
+    (loop,) = (node for node in function if node.op_type == "Loop")
+    count, condition, _ = loop.attributes["body"].as_graph().inputs
+    # The text format cannot say rank 0, and ORT refuses a Loop whose counter has no shape.
+    count.shape = condition.shape = ir.Shape(())
+    return function
+
+
+def attach_functions(model: ir.Model) -> bool:
+    """Adds the definitions of the neutral operators that the model uses and lacks.
+
+    Nodes in subgraphs and in other functions count too; whatever holds one imports the domain afterwards.
+
+    Returns:
+        Whether the model changed.
+
+    Raises:
+        ModelError: the model uses a neutral operator and its opset is below 18.
+    """
+    scopes: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    holders = []
+    used: set[str] = set()
+    for scope in scopes:
+        found = {node.op_type for node in ir.traversal.RecursiveGraphIterator(scope) if is_neutral(node)}
+        if found:
+            holders.append(scope)
+        used |= found
+    if not used:
+        return False
+    lacking = [op for op in sorted(used) if (DOMAIN, op, "") not in model.functions]
+    functions = [make_function(op, model.opset_imports.get("", 0)) for op in lacking]
+    changed = bool(functions)
+    for function in functions:
+        model.functions[function.identifier()] = function
+    for holder in (model.graph, *holders):
+        if DOMAIN not in holder.opset_imports:
+            holder.opset_imports[DOMAIN] = DOMAIN_VERSION
+            changed = True
+    return changed
