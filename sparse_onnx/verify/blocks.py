@@ -1,0 +1,175 @@
+"""Two models too large to run twice, compared block by block within a memory bound.
+
+Outside the blocks the graphs must be the same (`skeleton`); a block that is neutral in both belongs to that. Else a
+block runs alone in both models, with the routing put in from outside: a few experts at a time, so that only their
+weights are ever in memory. A neutral block is computed by the numpy reference, a lowered one by ORT, which reads the
+weights of an expert only when a token is sent there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.blocks import MoEBlock
+from sparse_onnx.core.report import VerifyRecord
+from sparse_onnx.verify.compare import Difference, difference
+from sparse_onnx.verify.constants import Constants
+from sparse_onnx.verify.feeds import routings
+from sparse_onnx.verify.sides import Blocks, Side
+from sparse_onnx.verify.skeleton import same_outside
+
+
+def compare_blocks(
+    reference_model: ir.Model,
+    candidate: ir.Model,
+    *,
+    memory: int,
+    threads: int,
+    provider: str = "CPUExecutionProvider",
+    tolerance: float | None = None,
+    progress: Callable[[str], None] | None = None,
+    only: Collection[str] | None = None,
+) -> VerifyRecord:
+    """Compares two models with the same blocks, each neutral or lowered on either side.
+
+    Args:
+        reference_model: says what is right.
+        candidate: what is judged.
+        memory: bytes of expert weights that may be mapped at once; one expert is always allowed.
+        threads: intra-op threads.
+        provider: execution provider.
+        tolerance: accepted relative error; None takes the type's.
+        progress: called with a line a block.
+        only: names of blocks; then just these are compared, and nothing outside them.
+
+    Raises:
+        ModelError: a weight file is gone.
+    """
+    first, second = Blocks(reference_model), Blocks(candidate)
+    names = [name for name in (*first.neutral, *first.lowered) if only is None or name in only]
+    kept = [name for name in names if name in first.neutral and name in second.neutral]
+    run = [name for name in names if name not in kept]
+    failure = _unpaired(first, second, only)
+    if failure is None and only is None:
+        ours, theirs = (dict(map(side.boundary, run)) for side in (first, second))
+        if not same_outside(reference_model, candidate, ours, theirs):
+            failure = "the graphs differ outside the sparse blocks"
+    if failure is None and only is not None:
+        differing = [name for name in kept if not _same_block(first.neutral[name], second.neutral[name])]
+        failure = f"block '{differing[0]}' has other weights" if differing else None
+    total, runs, kinds = Difference.none(), 0, set()
+    described: list[str] = []
+    for name in run:
+        if failure is not None:
+            break
+        if progress is not None:
+            progress(f"comparing block {name}")
+        try:
+            left = first.side(name, threads, provider, second)
+            right = second.side(name, threads, provider, first)
+        except ValueError as error:
+            failure = f"block '{name}' cannot run alone: {error}"
+            break
+        if (left.facts.experts, left.facts.top_k, left.facts.hidden) != (
+            right.facts.experts,
+            right.facts.top_k,
+            right.facts.hidden,
+        ):
+            failure = f"block '{name}' has other sizes"
+            break
+        compare = _Comparison(name, left, right, tolerance)
+        kind = (left.facts, left.kind)
+        found = compare.run(memory, large=kind not in kinds)
+        kinds.add(kind)
+        runs += compare.runs
+        described = described or compare.described
+        total = total.worse(found)
+        if not found.within:
+            failure = f"block '{name}': {found.reason}"
+        elif not found.compared:
+            failure = f"block '{name}' gives nothing but infinities and NaNs"
+    if kept and failure is None and not described:
+        described = ["weights byte by byte"]
+    passed: bool | None = failure is None
+    if not names and failure is None:
+        passed, failure = None, "there is no sparse block to compare"
+    return VerifyRecord(
+        method="blocks",
+        passed=passed,
+        runs=runs,
+        max_abs_error=total.max_abs if runs else None,
+        max_rel_error=total.max_rel if runs else None,
+        inputs=described,
+        failure=failure,
+    )
+
+
+def _unpaired(first: Blocks, second: Blocks, only: Collection[str] | None) -> str | None:
+    shared = first.ambiguous or second.ambiguous
+    if shared is not None:
+        return f"two blocks share the name '{shared}'"
+    missing = (first.names ^ second.names) if only is None else set(only) - (first.names & second.names)
+    return f"blocks without a counterpart: {', '.join(sorted(missing)[:3])}" if missing else None
+
+
+def _same_block(first: MoEBlock, second: MoEBlock) -> bool:
+    """Whether two neutral blocks compute the same by the same weights."""
+    sides = [
+        [ir.convenience.get_const_tensor(value) for value in block.weights.values()]
+        for block in (first, second)
+    ]
+    ours, theirs = ([tensor for tensor in side if tensor is not None] for side in sides)
+    if first.spec != second.spec or len(ours) != len(first.weights) or len(theirs) != len(ours):
+        return False
+    constants = Constants(ours, theirs)
+    return [constants.digest(tensor) for tensor in ours] == [constants.digest(tensor) for tensor in theirs]
+
+
+class _Comparison:
+    """One block in both models."""
+
+    def __init__(self, name: str, expected: Side, actual: Side, tolerance: float | None) -> None:
+        self.name, self.expected, self.actual, self.tolerance = name, expected, actual, tolerance
+        self.facts = expected.facts
+        self.runs = 0
+        self.described: list[str] = []
+
+    def run(self, memory: int, large: bool) -> Difference:
+        """Every expert, as many at a time as `memory` allows; at a realistic size too where `large`."""
+        experts = self.facts.experts
+        size = max(1, self.expected.weight_bytes, self.actual.weight_bytes)
+        group = int(max(1, min(experts, memory * experts // size)))
+        total = Difference.none()
+        for start in range(0, experts, group):
+            chosen = np.arange(start, min(start + group, experts))
+            total = total.worse(self._group(chosen, large and start == 0))
+        return total
+
+    def _group(self, chosen: np.ndarray, large: bool) -> Difference:
+        # Both die with this call, which unmaps this group's weights before the next one's are touched.
+        expect, act = self.expected.start(), self.actual.start()
+        total = Difference.none()
+        for feeds in routings(
+            self.facts, chosen, seed=int(chosen[0]), first=int(chosen[0]) == 0, large=large
+        ):
+            expected = expect(feeds)
+            for _ in range(feeds.repeats):
+                actual = act(feeds)
+                if actual.dtype != expected.dtype:
+                    found = Difference(np.inf, np.inf, False, f"{actual.dtype} instead of {expected.dtype}")
+                else:
+                    found = difference(expected, actual, self.tolerance)
+                if not found.within:
+                    reason = f"{feeds.name}, experts {chosen[0]}..{chosen[-1]}: {found.reason}"
+                    found = dataclasses.replace(found, reason=reason)
+                total = total.worse(found)
+                self.runs += 1
+            if chosen[0] == 0:
+                self.described.append(
+                    feeds.name if feeds.repeats == 1 else f"{feeds.name} x{feeds.repeats} runs"
+                )
+        return total

@@ -1,0 +1,141 @@
+"""A sparse block of one of two models, neutral or lowered, as something that runs alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.blocks import MoEBlock, blocks, reference
+from sparse_onnx.blocks.lowered import LoweredBlock
+from sparse_onnx.blocks.routing import never_dropped
+from sparse_onnx.graph.external import read_array
+from sparse_onnx.targets import session as sessions
+from sparse_onnx.verify.extract import extract
+from sparse_onnx.verify.feeds import Facts, Feeds
+from sparse_onnx.verify.metadata import named_values, sound_blocks
+from sparse_onnx.verify.skeleton import Boundary
+
+#: Without prepacking ORT maps the weights and reads an expert's pages only when it runs.
+_MAPPED = {"session.disable_prepacking": "1"}
+
+Run = Callable[[Feeds], np.ndarray]
+
+
+class Blocks:
+    """The sparse blocks of a model by name. `ambiguous` names one that two blocks share."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.values = named_values(model)
+        neutral, lowered = blocks(model), sound_blocks(model, self.values)
+        self.neutral = {block.name: block for block in neutral}
+        self.lowered = {block.name: block for block in lowered if block.name not in self.neutral}
+        names = [block.name for block in neutral]
+        self.ambiguous = next((name for name in names if names.count(name) > 1), None)
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.neutral, *self.lowered}
+
+    def boundary(self, name: str) -> tuple[ir.Value, Boundary]:
+        if name in self.neutral:
+            block = self.neutral[name]
+            return block.output, Boundary(name, (block.tokens, block.expert_index, block.expert_weight))
+        low = self.lowered[name]
+        inputs = (self.values[low.tokens], self.values[low.expert_index], self.values[low.expert_weight])
+        return self.values[low.output], Boundary(name, inputs)
+
+    def side(self, name: str, threads: int, provider: str, other: Blocks) -> Side:
+        """The block, ready to run.
+
+        Args:
+            name: of the block.
+            threads: of an ORT session.
+            provider: of an ORT session.
+            other: the other model, which may know types that this one does not.
+
+        Raises:
+            ValueError: the block does not stand alone, or its sizes are not known.
+        """
+        if name in self.neutral:
+            return _neutral(self.neutral[name])
+        known = other.neutral.get(name)
+        lowered = self.lowered[name]
+        if known is not None:
+            dtype, weight_dtype = known.dtype, known.expert_weight.dtype or known.dtype
+        else:
+            dtype = self.values[lowered.tokens].dtype or ir.DataType.FLOAT
+            weight_dtype = self.values[lowered.expert_weight].dtype or dtype
+        return _lowered(self.model, lowered, self.values, dtype, weight_dtype, threads, provider)
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """`start` maps weights or makes a session, and gives what runs the block; both end with what it gave."""
+
+    facts: Facts
+    kind: tuple[object, ...]
+    weight_bytes: int
+    start: Callable[[], Run]
+
+
+def _neutral(block: MoEBlock) -> Side:
+    if not (block.experts and block.top_k and block.hidden):
+        raise ValueError("its sizes are not known")
+    tensors = {role: ir.convenience.get_const_tensor(value) for role, value in block.weights.items()}
+    if None in tensors.values():
+        raise ValueError("its weights are not constants")
+
+    def start() -> Run:
+        weights = {role: read_array(tensor) for role, tensor in tensors.items() if tensor is not None}
+
+        def run(feeds: Feeds) -> np.ndarray:
+            values = (feeds.tokens, feeds.index, feeds.weight)
+            return reference(block.spec, *values, accumulate=np.float32, **weights)
+
+        return run
+
+    facts = Facts(
+        block.experts,
+        block.top_k,
+        block.hidden,
+        block.dtype,
+        block.expert_weight.dtype or block.dtype,
+        not never_dropped(block.expert_index, block.experts),
+    )
+    return Side(facts, (block.inner, block.spec), block.weight_bytes, start)
+
+
+def _lowered(
+    model: ir.Model,
+    block: LoweredBlock,
+    values: Mapping[str, ir.Value],
+    dtype: ir.DataType,
+    weight_dtype: ir.DataType,
+    threads: int,
+    provider: str,
+) -> Side:
+    if not (block.experts and block.top_k and block.hidden):
+        raise ValueError("its sizes are not known")
+    alone = extract(model, block, values, (dtype, ir.DataType.INT64, weight_dtype))
+    names = (block.tokens, block.expert_index, block.expert_weight)
+
+    def start() -> Run:
+        session = sessions.create_session(
+            alone, threads=threads, provider=provider, entries=_MAPPED, name=f"block '{block.name}'"
+        )
+
+        def run(feeds: Feeds) -> np.ndarray:
+            arrays = (feeds.tokens, feeds.index, feeds.weight)
+            return sessions.run(session, dict(zip(names, arrays, strict=True)), block.name)[0]
+
+        return run
+
+    drops = not never_dropped(values[block.expert_index], block.experts)
+    facts = Facts(block.experts, block.top_k, block.hidden, dtype, weight_dtype, drops)
+    weights = alone.graph.initializers.values()
+    size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
+    return Side(facts, (block.inner, block.activation), size, start)
