@@ -1,0 +1,192 @@
+"""`optimize`: recognise, lower for the target, verify, write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import onnx_ir as ir
+
+from sparse_onnx import targets
+from sparse_onnx.core.errors import ImpossibleError, UsageError, VerificationError
+from sparse_onnx.core.passes import Outcome
+from sparse_onnx.core.report import PlacementRecord, Report, VerifyRecord
+from sparse_onnx.graph import io, stats
+from sparse_onnx.graph.annotate import annotate
+from sparse_onnx.graph.save import place
+from sparse_onnx.graph.valid import invalid
+from sparse_onnx.inspect.blocks import block_records
+from sparse_onnx.optimize import runner
+from sparse_onnx.passes import PIPELINE, Phase
+from sparse_onnx.verify.lowering import verify_lowering
+
+Verify = Literal["each", "final", "none"]
+
+_OUR_FAULT = "nothing was written; please report it, this is a fault of sparse-onnx"
+
+
+def optimize(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
+    *,
+    target: str = "cpu",
+    form: str = "auto",
+    passes: Mapping[str, Mapping[str, str]] | None = None,
+    skip: Sequence[str] = (),
+    weights: Literal["auto", "link", "copy"] = "auto",
+    verify: Verify = "final",
+    dry_run: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Rewrites a model so that the target neither computes nor reads what is not active.
+
+    Args:
+        source: the model.
+        out: where the result goes; may be `source`. Nothing appears there unless everything succeeded.
+        target: a target's name.
+        form: `auto` (the target's profile decides) or one of the forms that the target takes.
+        passes: options by pass name; a pass of others that is named here runs at the end of the lowering.
+        skip: passes that do not run.
+        weights: `link` (name the weights where they lie), `copy`, or `auto` (link where possible).
+        verify: compare the result with the model in neutral form: once (`final`), after each pass, or not at all.
+        dry_run: do everything but write.
+        progress: called with a line at each step.
+
+    Raises:
+        UsageError: unknown target, form, pass or option.
+        ModelError: the model is unreadable, unsafe or broken.
+        VerificationError: the result differs; nothing was written.
+        ImpossibleError: the target cannot run the result.
+    """
+    if out is None and not dry_run:
+        raise UsageError("no OUT given", "name the file to write, or ask for a dry run")
+    if out is not None:
+        place(out)
+    profile = targets.get(target)
+    planned = runner.plan(_forms(profile, form), passes, skip)
+    model = io.load(source)
+    report = Report("optimize", target=profile.name, model=stats.record(model, os.fspath(source)))
+
+    checks = _Checks(verify, profile, progress)
+    checks.start(model)
+    result = runner.run(model, planned, checks.after, progress)
+    report.passes, report.refusals = result.records, result.refusals
+    if not result.changed:
+        model = io.load(source)
+        report.verify = VerifyRecord("none", None)
+        report.notes.append(_nothing_to_do(report))
+    else:
+        _require_dtypes(model, profile)
+        _require_valid(model, source)
+        report.verify = checks.finish(model)
+        report.placement = checks.placement
+        if _holds(model, ir.DataType.FLOAT16):
+            report.notes.append(
+                "float16 weights: the provider computes in float32, and keeps float32 copies of them"
+            )
+    report.blocks = block_records(model)
+    if dry_run:
+        report.notes.append("dry run: nothing written")
+        report.notes += [f"{item.step.phase}: {item.step.name} - {item.reason}" for item in planned]
+        return report
+    assert out is not None
+    if progress is not None:
+        progress(f"writing {os.fspath(out)}")
+    saved = io.save(model, out, weights=weights)
+    report.output = stats.record(io.load(saved.path), os.fspath(out))
+    return report
+
+
+def _forms(profile: targets.TargetProfile, form: str) -> tuple[str, ...]:
+    if form == "auto":
+        return profile.forms[:1]
+    if form not in profile.forms:
+        known = sorted({name for step in PIPELINE for name in step.forms})
+        if form in known:
+            raise UsageError(f"target '{profile.name}' does not take the form '{form}'", _takes(profile))
+        raise UsageError(f"unknown form '{form}'", _takes(profile))
+    return (form,)
+
+
+def _takes(profile: targets.TargetProfile) -> str:
+    return f"it takes: auto, {', '.join(profile.forms)}"
+
+
+def _require_dtypes(model: ir.Model, profile: targets.TargetProfile) -> None:
+    if "bfloat16" not in profile.dtypes and _holds(model, ir.DataType.BFLOAT16):
+        raise ImpossibleError(
+            f"target '{profile.name}' has no bfloat16 arithmetic, and the model has bfloat16 weights",
+            "export with --dtype float32 or --dtype float16",
+        )
+
+
+def _require_valid(model: ir.Model, source: str | os.PathLike[str]) -> None:
+    """Before anything of the old model is replaced, whatever the user asked to be verified.
+
+    A source that breaks a rule already (operators of ORT's that onnx does not know) is left to ORT to judge.
+    """
+    reason = invalid(model)
+    if reason and not invalid(io.load(source)):
+        raise VerificationError(f"the optimized model is not valid: {reason}", _OUR_FAULT)
+
+
+def _nothing_to_do(report: Report) -> str:
+    if report.refusals:
+        return f"nothing rewritten: {len(report.refusals)} refused, copied as it is (--explain says why)"
+    return "nothing to do: no sparse block that this target runs better in another form"
+
+
+def _holds(model: ir.Model, dtype: ir.DataType) -> bool:
+    return any(value.dtype == dtype for graph in model.graphs() for value in graph.initializers.values())
+
+
+class _Checks:
+    """Compares lowered models with what they were lowered from, at the times that the user asked for.
+
+    Models that run whole are compared with the original itself; larger ones, block by block, with the neutral form
+    that the exact passes before the lowering made of it.
+    """
+
+    def __init__(
+        self, when: Verify, profile: targets.TargetProfile, progress: Callable[[str], None] | None
+    ) -> None:
+        self.when, self.profile, self.progress = when, profile, progress
+        self.original: ir.Model | None = None
+        self.neutral: ir.Model | None = None
+        self.placement: list[PlacementRecord] | None = None
+
+    def start(self, model: ir.Model) -> None:
+        if self.when != "none":
+            self.original = self.neutral = model.clone()
+            annotate(self.original)
+
+    def after(self, phase: Phase, item: runner.Planned, model: ir.Model, outcome: Outcome) -> None:
+        """Called behind each pass that changed the model."""
+        del outcome
+        if self.when == "none" or phase == "finish":
+            return
+        if self.when == "each" and phase != "sparsify":
+            _require_dtypes(model, self.profile)
+            self._compare(model, f"the model behind pass '{item.step.name}'")
+        if phase != "lower":
+            self.neutral = model.clone()
+        if phase == "sparsify":  # a lossy step is measured against its budget, not here
+            self.original = self.neutral
+
+    def finish(self, model: ir.Model) -> VerifyRecord:
+        if self.when == "none":
+            return VerifyRecord("none", None)
+        return self._compare(model, "the optimized model")
+
+    def _compare(self, model: ir.Model, what: str) -> VerifyRecord:
+        assert self.original is not None and self.neutral is not None
+        if self.progress is not None:
+            self.progress(f"verifying {what}")
+        record = verify_lowering(
+            self.original, self.neutral, model, provider=self.profile.provider, progress=self.progress
+        )
+        if not record.passed:
+            raise VerificationError(f"{what} differs from its original: {record.failure}", _OUR_FAULT)
+        self.placement = [PlacementRecord(self.profile.provider, stats.node_count(model))]
+        return record
