@@ -1,0 +1,111 @@
+"""`export`: PyTorch -> ONNX with the sparse blocks whole, checked on inputs that were not traced."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_onnx.core.errors import OutsideError, UsageError
+from sparse_onnx.core.report import Report
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_DTYPES = ("float32", "float16", "bfloat16")
+#: What torch.onnx and onnxscript translate and convert to; for others torch leaves the opset as it was.
+_OLDEST_OPSET, _NEWEST_OPSET = 18, 25
+
+
+def export(
+    source: str | os.PathLike[str] | tuple[nn.Module, Any] | tuple[nn.Module, Any, Any],
+    out: str | os.PathLike[str],
+    *,
+    random_weights: bool = False,
+    dtype: str | None = None,
+    opset: int = 20,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Exports a torch model. Each mixture-of-experts block arrives as one `sparse_onnx::MoE` node.
+
+    All axes that can vary are dynamic: batch and sequence of Hugging Face models (ids and attention mask in,
+    logits out, no cache). Where a source of Python code does not say which, axis 0 of every input that is as
+    long there as the first input is ``batch``, and axis 1 of integer inputs of two axes is ``sequence``.
+
+    The file is run in ONNX Runtime against the module on inputs that were not traced before `out` appears.
+
+    Args:
+        source: a Hugging Face folder or hub id, ``zoo:NAME``, ``FILE.py:NAME`` or ``package.module:NAME`` - a
+            function or class that gives ``(module, inputs)`` or ``(module, inputs, dynamic_axes)``; THIS RUNS
+            THAT CODE - or such a tuple itself. Inputs are a tensor, a tuple or a dict by name; dynamic axes
+            are ``{input: {axis: name}}``.
+        out: path of the ONNX file; its weights go into a data file beside it.
+        random_weights: build a Hugging Face model from its configuration alone.
+        dtype: ``float32``, ``float16`` or ``bfloat16``; None keeps the source's own.
+        opset: version of the ONNX operators, 18 to 25.
+        trust_remote_code: run Python code that comes with a Hugging Face model.
+        allow_pickle: load weights from pickles, which can run code.
+        progress: called with a line at each step.
+
+    Returns:
+        A report: model, blocks, verify, and notes on what to know about this export.
+
+    Raises:
+        UsageError: an argument is wrong, or torch or transformers is not installed.
+        ModelError: the source is missing, unreadable or unsafe.
+        OutsideError: the source's own code raised, or the disk is full.
+        ImpossibleError: torch cannot export it, or the trace holds for some sizes only.
+        VerificationError: ORT's answers differ from torch's. Nothing was written.
+    """
+    out = Path(out)
+    if not out.parent.is_dir() or out.is_dir():
+        raise UsageError(
+            "the output's folder does not exist" if not out.is_dir() else "this is a folder", where=str(out)
+        )
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"unknown dtype '{dtype}'", f"one of {', '.join(_DTYPES)}")
+    if opset < _OLDEST_OPSET:
+        raise UsageError(f"opset {opset} is too old", f"{_OLDEST_OPSET} is the oldest")
+    if opset > _NEWEST_OPSET:
+        raise UsageError(f"opset {opset} is too new", f"{_NEWEST_OPSET} is the newest that torch gives")
+    _require_torch()
+    import torch
+
+    from sparse_onnx.export import pipeline, settings, sources
+    from sparse_onnx.export.failure import terminable
+
+    say = progress or (lambda text: None)
+    with terminable(), settings.left_as_it_was(source):
+        say("loading the model")
+        weights: dict[str, Any] = {"dtype": None if dtype is None else getattr(torch, dtype)}
+        if not isinstance(source, (str, os.PathLike)):
+            given = source if isinstance(source, tuple) else (source,)
+            loaded = sources.of_objects(given, **weights)
+        else:
+            loaded = sources.resolve(
+                os.fspath(source),
+                random_weights=random_weights,
+                trust_remote_code=trust_remote_code,
+                allow_pickle=allow_pickle,
+                **weights,
+            )
+        try:
+            scratch = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OutsideError(
+                f"the output's folder cannot be written to: {reason}", where=str(out.parent)
+            ) from error
+        with scratch as folder:
+            return pipeline.run(loaded, out, Path(folder), opset=opset, say=say)
+
+
+def _require_torch() -> None:
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UsageError("export needs torch", "pip install 'sparse-onnx[hf]'") from error

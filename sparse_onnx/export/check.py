@@ -1,0 +1,188 @@
+"""The exported file in ONNX Runtime against the torch module, on inputs that were not traced."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparse_onnx.core.errors import ImpossibleError
+from sparse_onnx.core.report import VerifyRecord
+from sparse_onnx.export.experts import Experts
+from sparse_onnx.export.failure import first_line
+from sparse_onnx.export.samples import Run
+from sparse_onnx.export.sources import Source, leaves, users_code
+from sparse_onnx.graph import io
+from sparse_onnx.targets import session as sessions
+from sparse_onnx.verify.compare import Difference, difference
+from sparse_onnx.verify.routing import Decision, Router, decisions, flipped, observed, routers
+
+
+class _Watched:
+    """The exported model in ORT with its routers' indices and scores as further outputs; made when first
+    needed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @functools.cached_property
+    def _session(self) -> tuple[Any, list[Router], list[str]]:
+        model = io.load(self.path)
+        watch = routers(model)
+        copy = observed(model, watch)
+        names = [value.name or "" for value in copy.graph.outputs]
+        return sessions.create_session(copy, name=self.path.name), watch, names
+
+    def flips(
+        self, feeds: dict[str, np.ndarray], chosen: dict[str, np.ndarray], batch: int
+    ) -> tuple[np.ndarray | None, str, float]:
+        """Sequences `[batch]` in which a near-tied router chose other experts than torch's (None: in none),
+        what else was chosen otherwise, and the smallest margin of the routers."""
+        session, watch, names = self._session
+        results = sessions.run(session, feeds, self.path.name)
+        after = decisions(watch, dict(zip(names, results, strict=True)))
+        before = {
+            name: Decision(chosen[name], decision.margin, decision.near_tie, decision.scores)
+            for name, decision in after.items()
+            if name in chosen
+        }
+        margins = [float(d.margin.min()) for d in before.values() if d.margin is not None and d.margin.size]
+        return *flipped(before, after, batch), min(margins, default=np.inf)
+
+
+def compare(
+    path: Path,
+    source: Source,
+    found: Sequence[Experts],
+    runs: Sequence[Run],
+    *,
+    tolerance: float,
+    program: Callable[..., Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> VerifyRecord:
+    """Runs both on every input and compares all outputs.
+
+    Args:
+        path: the exported model.
+        source: the reference. Its experts modules run as they are.
+        found: the experts modules, whose routing is compared where outputs differ.
+        runs: the inputs.
+        tolerance: largest accepted error relative to the largest magnitude of an output.
+        program: the traced program in torch; an assertion of it that fails is one that the file lacks.
+        progress: called with a line a run.
+
+    Raises:
+        OutsideError: the module raises.
+        ImpossibleError: the traced program refuses an input which the module takes.
+    """
+    session, watched = sessions.create_session(path, name=path.name), _Watched(path)
+    total, margin, tokens, left_out, failure = Difference.none(), np.inf, 0, 0, None
+    for run in runs:
+        if progress is not None:
+            progress(f"comparing with torch on {run.name}")
+        with _recorded(found) as chosen, users_code(source.name):
+            expected = [_array(value) for value in leaves(source.forward(run.inputs))]
+        if program is not None:
+            _run_program(program, run)
+        feeds = {name: _array(value) for name, value in run.inputs.items()}
+        actual = sessions.run(session, feeds, path.name)
+        if failure is None and not any(np.isfinite(value).any() for value in expected):
+            failure = f"input {run.name}: torch itself answers without any finite value, so that nothing is compared"
+        worst, routed = _worst(run, expected, actual, tolerance), _tokens(chosen)
+        tokens += routed
+        if not worst.within and chosen:
+            batch = expected[0].shape[0] if expected[0].ndim else 1
+            tied, reason, smallest = watched.flips(feeds, chosen, batch)
+            margin = min(margin, smallest)
+            if tied is not None:
+                worst = _worst(run, expected, actual, tolerance, ~tied)
+                left_out += int(tied.sum()) * routed // batch
+            elif reason:
+                worst = dataclasses.replace(worst, reason=reason)
+        if not worst.within and failure is None:
+            failure = f"input {run.name}: {worst.reason}"
+        total = total.worse(worst)
+    if left_out * 2 > tokens:
+        failure = failure or f"{left_out} of {tokens} tokens are near-ties, which leaves too few to compare"
+    return VerifyRecord(
+        method="whole",
+        passed=failure is None,
+        runs=len(runs),
+        max_abs_error=total.max_abs,
+        max_rel_error=total.max_rel,
+        inputs=[run.name for run in runs],
+        router_margin=float(margin) if np.isfinite(margin) else None,
+        tokens_left_out=left_out,
+        failure=failure,
+    )
+
+
+def _tokens(chosen: dict[str, np.ndarray]) -> int:
+    return max((len(index) for index in chosen.values()), default=0)
+
+
+def _run_program(program: Callable[..., Any], run: Run) -> None:
+    try:
+        with torch.no_grad():
+            program(**run.inputs)
+    except Exception as error:  # torch's runtime assertions share no base class
+        raise ImpossibleError(
+            f"the trace is not right for input {run.name}: {first_line(error)}",
+            "ONNX would answer wrongly there: compute sizes with tensor operations instead of Python",
+        ) from error
+
+
+@contextlib.contextmanager
+def _recorded(found: Sequence[Experts]) -> Iterator[dict[str, np.ndarray]]:
+    """The indices `[T, K]` that each experts module is called with, by its path."""
+    chosen: dict[str, np.ndarray] = {}
+    handles = []
+    for entry in found:
+
+        def note(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = entry.path
+        ) -> None:
+            index = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
+            if isinstance(index, Tensor):
+                chosen[path] = index.cpu().numpy()
+
+        handles.append(entry.module.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        yield chosen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _worst(
+    run: Run,
+    expected: Sequence[np.ndarray],
+    actual: Sequence[np.ndarray],
+    tolerance: float,
+    sequences: np.ndarray | None = None,
+) -> Difference:
+    """The largest difference of any output, without padding and in these sequences `[batch]` only."""
+    if len(expected) != len(actual):
+        return Difference(np.inf, np.inf, False, f"{len(actual)} outputs instead of {len(expected)}")
+    masks = [value.numpy().astype(np.bool_) for name, value in run.inputs.items() if name in run.masks]
+    total = Difference.none()
+    for left, right in zip(expected, actual, strict=True):
+        keep = np.ones(left.shape[:2], np.bool_)
+        for mask in masks:
+            if mask.shape == keep.shape:
+                keep &= mask
+        if sequences is not None and len(sequences) == len(left):
+            keep &= sequences.reshape(-1, *[1] * (keep.ndim - 1))
+        total = total.worse(difference(left, right, tolerance, None if keep.all() else keep))
+    return total
+
+
+def _array(value: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(value.detach().cpu().numpy())

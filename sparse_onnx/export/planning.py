@@ -1,0 +1,74 @@
+"""Which inputs an export is compared on: at least six of sizes that were not traced, and the source's own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from sparse_onnx.core.errors import ImpossibleError
+from sparse_onnx.export import guards, samples
+from sparse_onnx.export.sources import Source
+
+_LEAST_RUNS = 6
+#: Sizes that are tried on the module for want of others.
+_MAX_TRIED = 64
+
+
+def plan(source: Source, assumptions: Sequence[guards.Guard]) -> tuple[list[samples.Run], list[str]]:
+    """The runs, and notes on sizes that the model does not take.
+
+    A planned run for which an assumption fails gives way to one of another size only because the module refuses
+    it.
+
+    Raises:
+        ImpossibleError: the module takes a size for which an assumption fails, or no size but the traced one.
+    """
+    interface = source.interface
+    everything = samples.untraced(interface)
+    notes = guards.limits(
+        assumptions, interface, lambda sizes: _runs(source, sizes), [run.sizes for run in everything]
+    )
+    notes += [
+        f"input '{name}' was compared with one value only, the sample's {int(spec.example.flatten()[0])}: "
+        "the sample shows no range to draw from"
+        for name, spec in interface.inputs.items()
+        if spec.constant
+    ]
+    kept = [run for run in everything if guards.allowed(assumptions, run.sizes)]
+    if len(kept) < _LEAST_RUNS:
+        more, few = _others(source, assumptions, kept)
+        kept, notes = kept + more, notes + few
+    return [*kept, samples.given(interface)], notes
+
+
+def _others(
+    source: Source, assumptions: Sequence[guards.Guard], kept: Sequence[samples.Run]
+) -> tuple[list[samples.Run], list[str]]:
+    """What is lacking to six runs, of sizes that the module takes; several draws of each where these are few."""
+    interface, known = source.interface, [dict(run.sizes) for run in kept]
+    candidates = (sizes for sizes in guards.possible(assumptions, interface) if sizes not in known)
+    taken = (sizes for sizes in itertools.islice(candidates, _MAX_TRIED) if _runs(source, sizes))
+    lacking = _LEAST_RUNS - len(kept)
+    other = list(itertools.islice(taken, lacking))
+    sizes = [*known, *other]
+    if not sizes:
+        raise ImpossibleError(
+            f"the trace is right for {guards.written(interface.traced_sizes())} only",
+            "make the axes static that have one size",
+        )
+    notes = []
+    if len(other) < lacking:
+        notes.append(
+            f"the model takes few sizes, so that only {len(sizes)} were compared besides the traced one: "
+            + "; ".join(guards.written(each) for each in sizes)
+        )
+    wanted = [*other, *itertools.islice(itertools.cycle(sizes), lacking - len(other))]
+    return [samples.drawn(interface, each, "random", 100 + seed) for seed, each in enumerate(wanted)], notes
+
+
+def _runs(source: Source, sizes: guards.Sizes) -> bool:
+    try:
+        source.forward(source.interface.draw(sizes))
+    except Exception:  # whatever the module raises, it refuses
+        return False
+    return True

@@ -1,0 +1,67 @@
+"""Random weights under which routing matters, so that a wrong export shows.
+
+transformers initialises with a deviation of 0.02: experts then add almost nothing to the residual stream and
+router scores nearly tie, so that swapped experts pass for rounding.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+SEED = 0
+ROUTER_SCALE = 3.0
+_BIAS_DEVIATION = 0.1
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Fills every parameter in place: matrices with deviation 1/sqrt(fan_in), routers three times that,
+    embeddings 1, biases 0.1; scales of norms stay 1. Each value depends on the parameter's name alone, not on
+    the order."""
+    experts = {
+        path.rpartition(".")[0]: module.down_proj.shape[0]
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "down_proj", None), nn.Parameter)
+    }
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for path, module in model.named_modules():
+        transposed = bool(getattr(module, "is_transposed", False))
+        for name, parameter in module.named_parameters(recurse=False):
+            deviation = _deviation(name, parameter, transposed)
+            if id(parameter) in embeddings:
+                deviation = 1.0
+            elif parameter.dim() == 2 and parameter.shape[0] == _sibling_experts(path, experts):
+                deviation = ROUTER_SCALE * parameter.shape[1] ** -0.5
+            if deviation:
+                _normal(f"{path}.{name}", parameter, deviation)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name.endswith(
+                "correction_bias"
+            ):  # of DeepSeek's routers: zeros would not tell whether it is added
+                _normal(f"{path}.{name}", buffer, _BIAS_DEVIATION)
+
+
+def _deviation(name: str, parameter: Tensor, transposed: bool) -> float:
+    """0 for what stays as it is."""
+    if parameter.dim() >= 3 and not name.endswith("bias"):
+        return float(parameter.shape[-2 if transposed else -1]) ** -0.5
+    if name.endswith("bias"):
+        return _BIAS_DEVIATION
+    return float(parameter.shape[-1]) ** -0.5 if parameter.dim() == 2 else 0.0
+
+
+def _sibling_experts(path: str, experts: dict[str, int]) -> int | None:
+    """Number of experts of the block that the module at `path` routes for."""
+    while path:
+        path = path.rpartition(".")[0]
+        if path in experts:
+            return experts[path]
+    return None
+
+
+def _normal(name: str, tensor: Tensor, deviation: float) -> None:
+    generator = torch.Generator().manual_seed(SEED ^ zlib.crc32(name.encode()))
+    tensor.copy_(torch.randn(tensor.shape, generator=generator) * deviation)

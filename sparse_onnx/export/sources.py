@@ -1,0 +1,332 @@
+"""SOURCE: whatever names a torch model, resolved to a module in eval mode and the inputs that it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import traceback
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_onnx.core.errors import ModelError, OutsideError, SparseOnnxError, UsageError
+from sparse_onnx.export import experts, settings
+from sparse_onnx.export.failure import Terminated
+from sparse_onnx.export.samples import Interface, interface_of
+
+_OBJECT = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_]\w*)")
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_CONTRACT = "NAME is a function or class that gives (module, inputs) or (module, inputs, dynamic_axes)"
+_AXES = "dynamic axes are {input: {axis: name}}, such as {'x': {0: 'batch'}}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model to export; `notes` say how it was made."""
+
+    name: str
+    module: nn.Module
+    interface: Interface
+    is_transformers: bool = False
+    notes: tuple[str, ...] = ()
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Any:
+        """What the module itself returns, untouched by the export."""
+        with torch.no_grad():
+            return self.module(**inputs)
+
+    def widened(self) -> Source:
+        """The same model with its weights as float32."""
+        inputs = {
+            name: dataclasses.replace(spec, example=_cast(spec.example, torch.float32))
+            for name, spec in self.interface.inputs.items()
+        }
+        return dataclasses.replace(
+            self, module=copy.deepcopy(self.module).float(), interface=Interface(inputs)
+        )
+
+
+def leaves(outputs: Any) -> list[Tensor]:
+    """All tensors of nested outputs, in order."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def resolve(
+    source: str,
+    *,
+    random_weights: bool = False,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Source:
+    """The model that SOURCE names.
+
+    Args:
+        source: a Hugging Face folder or hub id, ``zoo:NAME``, ``FILE.py:NAME`` or ``package.module:NAME``.
+        random_weights: build it from its configuration; Hugging Face models only.
+        dtype: element type of weights and floating-point inputs; None keeps the source's own.
+        trust_remote_code: run Python that comes with a Hugging Face model.
+        allow_pickle: load pickled weights, which can run code.
+
+    Raises:
+        UsageError: nothing of that form or name.
+        ModelError: the files are missing, unreadable or unsafe.
+        OutsideError: the user's code, or the network, failed.
+    """
+    if os.path.isdir(source):
+        return _hugging_face(source, random_weights, dtype, trust_remote_code, allow_pickle)
+    if source.startswith("zoo:"):
+        found = _from_zoo(source.removeprefix("zoo:"))
+    elif (match := _OBJECT.fullmatch(source)) and (
+        match["place"].endswith(".py") or _MODULE.fullmatch(match["place"])
+    ):
+        found = _from_code(match["place"], match["name"])
+    elif os.path.exists(source) or source.endswith((".onnx", ".py", ".safetensors", ".bin", ".pt", ".pth")):
+        raise _not_a_source(source)
+    elif _HUB_ID.fullmatch(source):
+        return _hugging_face(source, random_weights, dtype, trust_remote_code, allow_pickle)
+    else:
+        raise ModelError(
+            "no such folder", "give a Hugging Face folder, zoo:NAME or FILE.py:NAME", where=source
+        )
+    if random_weights:
+        raise UsageError(f"--random-weights is for Hugging Face models; '{source}' makes its own weights")
+    return _source(source, found, dtype)
+
+
+def _not_a_source(source: str) -> SparseOnnxError:
+    if not os.path.exists(source):
+        return ModelError("no such file", "check the path", where=source)
+    if source.endswith(".onnx"):
+        return UsageError("this is ONNX already", "`sparse-onnx optimize` takes it", where=source)
+    if source.endswith(".py"):
+        return UsageError("say which object of the file is the model", f"{source}:NAME", where=source)
+    return UsageError(
+        "a weights file alone says not what the model is", "give the folder with config.json", where=source
+    )
+
+
+def _hugging_face(
+    source: str, random_weights: bool, dtype: torch.dtype | None, trust_remote_code: bool, allow_pickle: bool
+) -> Source:
+    try:
+        from sparse_onnx.export import hugging_face
+    except ModuleNotFoundError as error:
+        if error.name not in ("transformers", "safetensors"):
+            raise
+        raise UsageError(
+            f"a Hugging Face model needs {error.name}", "pip install 'sparse-onnx[hf]'"
+        ) from error
+    module, interface, notes = hugging_face.load(
+        source,
+        random_weights=random_weights,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    experts.make_callable(module)
+    return Source(source, module, interface, is_transformers=True, notes=notes)
+
+
+def _from_zoo(name: str) -> tuple[Any, ...]:
+    from sparse_onnx import models
+
+    module, inputs, axes = models.get(name).load()
+    return module, inputs, axes
+
+
+def _from_code(place: str, name: str) -> Any:
+    """The object, called if it can be: this runs the user's code."""
+    if place.endswith(".py") and not os.path.isfile(place):
+        raise ModelError("no such file", "check the path", where=place)
+    with users_code(f"{place}:{name}"):
+        module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    if not hasattr(module, name):
+        names = [key for key in vars(module) if not key.startswith("_")]
+        close = difflib.get_close_matches(name, names, n=1)
+        raise UsageError(
+            f"it has no '{name}'", f"did you mean '{close[0]}'?" if close else _CONTRACT, where=place
+        )
+    found = getattr(module, name)
+    if callable(found) and not isinstance(found, nn.Module):
+        with users_code(f"{place}:{name}"):
+            found = found()
+    return found
+
+
+def _import_file(path: Path) -> types.ModuleType:
+    key = f"_sparse_onnx_source_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(key, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module  # dataclasses and pickling look their module up by name
+    with _first_on_path(path.resolve().parent):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _import_module(name: str) -> types.ModuleType:
+    with _first_on_path(Path.cwd()):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+                raise UsageError(
+                    f"no Python module '{name}'", "is it installed, or in this folder?"
+                ) from None
+            raise
+
+
+@contextlib.contextmanager
+def _first_on_path(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))
+
+
+@contextlib.contextmanager
+def users_code(where: str) -> Iterator[None]:
+    """What the user's code raises, as one line: type, message, and the place in their code. What it prints
+    goes to standard error: standard output may be our JSON."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except (SparseOnnxError, Terminated):
+        raise
+    except (Exception, SystemExit) as error:
+        message = " ".join(str(error).split())[:300]
+        text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+        raise OutsideError(
+            f"the source raised {text}{_place(error)}", "--debug shows all of it", where=where
+        ) from error
+
+
+def _place(error: BaseException) -> str:
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" at {error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [frame for frame in frames if not _is_library(frame.filename)]
+    if not outside:
+        return ""
+    return f" at {outside[-1].filename}:{outside[-1].lineno}"
+
+
+def _is_library(filename: str) -> bool:
+    here = str(Path(__file__).parent)
+    return filename.startswith((here, "<", sys.base_prefix)) or "site-packages" in filename
+
+
+def of_objects(found: tuple[Any, ...], dtype: torch.dtype | None = None) -> Source:
+    """A module and its inputs, and maybe dynamic axes, given as objects. The module is put into eval mode.
+
+    Raises:
+        UsageError: they are something else.
+        OutsideError: the module raises on its sample inputs.
+    """
+    if found and isinstance(found[0], nn.Module) and dtype is not None:
+        found = (copy.deepcopy(found[0]), *found[1:])  # converted in place below
+    return _source(type(found[0]).__name__ if found else "source", found, dtype)
+
+
+def _source(name: str, found: Any, dtype: torch.dtype | None) -> Source:
+    module, inputs, axes = _unpacked(name, found)
+    module = module.eval()
+    settings.without_cache(module)
+    if dtype is not None:
+        module = module.to(dtype)
+    experts.make_callable(module)
+    named = {key: _cast(value, dtype) for key, value in _named(name, module, inputs).items()}
+    source = Source(name, module, interface_of(named, _named_axes(name, named, axes)))
+    with users_code(name):
+        outputs = source.forward(named)
+    if not leaves(outputs):
+        raise UsageError("its forward returns no tensor", "return what the ONNX model is to give", where=name)
+    return source
+
+
+def _unpacked(name: str, found: Any) -> tuple[nn.Module, Any, Any]:
+    module, *rest = found if isinstance(found, tuple) and found else (found,)
+    if not isinstance(module, nn.Module) or len(rest) > 2:
+        raise UsageError(f"it gives {type(found).__name__}, not a torch module", _CONTRACT, where=name)
+    inputs = rest[0] if rest else getattr(module, "example_inputs", None)
+    axes = rest[1] if len(rest) == 2 else getattr(module, "dynamic_axes", None)
+    if inputs is None:
+        raise UsageError(
+            "its sample inputs are not known", f"{_CONTRACT}; or give the module 'example_inputs'", where=name
+        )
+    if callable(inputs) and not isinstance(inputs, Tensor):
+        with users_code(name):
+            inputs = inputs()
+    return module, inputs, axes
+
+
+def _named(name: str, module: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    if isinstance(inputs, (tuple, list)):
+        try:
+            inputs = inspect.signature(module.forward).bind(*inputs).arguments
+        except TypeError as error:
+            raise UsageError(
+                f"its sample inputs do not fit its forward: {error}", _CONTRACT, where=name
+            ) from None
+    if not isinstance(inputs, Mapping):
+        raise UsageError(
+            f"its sample inputs are {type(inputs).__name__}", "give a tensor, a tuple or a dict", where=name
+        )
+    for key, value in inputs.items():
+        if not isinstance(key, str):
+            raise UsageError(f"sample input {key!r} has no name", _CONTRACT, where=name)
+        if not isinstance(value, Tensor):
+            raise UsageError(
+                f"sample input '{key}' is {type(value).__name__}, not a tensor", _CONTRACT, where=name
+            )
+    return dict(inputs)
+
+
+def _named_axes(source: str, inputs: dict[str, Tensor], axes: Any) -> dict[str, dict[int, str]] | None:
+    """`{input: {axis: name}}`, or the axes of each input in order."""
+    if axes is None:
+        return None
+    if isinstance(axes, (tuple, list)):
+        if len(axes) > len(inputs):
+            raise UsageError(
+                f"dynamic axes of {len(axes)} inputs, and it has {len(inputs)}", _AXES, where=source
+            )
+        axes = dict(zip(inputs, axes, strict=False))
+    if not isinstance(axes, Mapping):
+        raise UsageError(f"its dynamic axes are {type(axes).__name__}", _AXES, where=source)
+    named: dict[str, dict[int, str]] = {}
+    for key, value in axes.items():
+        if value is not None and not isinstance(value, Mapping):
+            raise UsageError(f"the dynamic axes of '{key}' are {type(value).__name__}", _AXES, where=source)
+        for axis, symbol in (value or {}).items():
+            if type(axis) is not int or not isinstance(symbol, str) or not symbol.isidentifier():
+                raise UsageError(
+                    f"dynamic axis {axis!r}: {symbol!r} of '{key}' is not a number and a name",
+                    _AXES,
+                    where=source,
+                )
+        named[str(key)] = dict(value or {})
+    return named
+
+
+def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return value.to(dtype) if dtype is not None and value.dtype.is_floating_point else value

@@ -1,0 +1,143 @@
+"""A torch model to an ONNX model whose experts are whole, by torch.export; Hugging Face models through
+transformers' own export patches, which make their code traceable and its operators translatable."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from sparse_onnx.core.errors import ImpossibleError
+from sparse_onnx.export import experts, guards, translate
+from sparse_onnx.export.failure import root_line
+from sparse_onnx.export.samples import Interface
+from sparse_onnx.export.sources import Source, leaves
+
+_FIXED_AXIS = re.compile(
+    r"You marked L\['(?P<name>\w+)'\]\.size\(\)\[(?P<axis>\d+)\] as dynamic "
+    r"but your code specialized it to be a constant \((?P<size>\d+)\)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """The result of one trace.
+
+    `model` is neither tidied nor does it hold the neutral functions. `program` runs the traced graph in torch
+    and raises where one of its assertions fails; `assumptions` are about sizes of its inputs.
+    """
+
+    model: ir.Model
+    program: Callable[..., Any]
+    assumptions: list[guards.Guard]
+    symbols: Mapping[str, str]
+
+
+def trace(source: Source, found: list[experts.Experts], opset: int) -> Traced:
+    """Traces the source at sizes that are pairwise different and at least 2, all dynamic axes free.
+
+    Raises:
+        ImpossibleError: torch.export or torch.onnx cannot follow the model, or they fix the size of a dynamic
+            axis.
+    """
+    inputs = source.interface.draw(source.interface.traced_sizes())
+    shapes = {
+        name: dict.fromkeys(spec.axes, torch.export.Dim.DYNAMIC)
+        for name, spec in source.interface.inputs.items()
+    }
+    with translate.quiet(), experts.hooked(found), _refused():
+        if source.is_transformers:
+            return _trace_transformers(source, inputs, shapes, opset)
+        return _trace_module(source, inputs, shapes, opset)
+
+
+def _trace_module(source: Source, inputs: dict[str, Tensor], shapes: dict[str, Any], opset: int) -> Traced:
+    with torch.no_grad():
+        program = torch.export.export(source.module, (), inputs, dynamic_shapes=shapes, strict=False)
+    runnable, assumptions = program.module(), guards.guards_of(program, source.interface)
+    symbols = _symbols(program, source.interface)
+    names = _output_names(source.forward(inputs), inputs)
+    model = translate.to_onnx(program, opset=opset, input_names=list(inputs), output_names=names)
+    return Traced(model, runnable, assumptions, symbols)
+
+
+def _trace_transformers(
+    source: Source, inputs: dict[str, Tensor], shapes: dict[str, Any], opset: int
+) -> Traced:
+    """The steps of transformers' `OnnxExporter.export_program`, with our operator in its table and without
+    optimizer."""
+    from transformers.exporters import exporter_onnx, utils
+    from transformers.exporters.configs import DynamoConfig
+    from transformers.exporters.exporter_dynamo import DynamoExporter
+
+    wanted: Any = source.module
+    with (
+        utils.patch_model_outputs(wanted) as (input_names, output_names, _),
+        utils.apply_patches("onnx"),
+    ):
+        config = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
+        program, _ = DynamoExporter().export_program(wanted, dict(inputs), config)
+        runnable, assumptions = program.module(), guards.guards_of(program, source.interface)
+        symbols = _symbols(program, source.interface)
+        input_names, output_names = utils.disambiguate_io_names(input_names, output_names)
+        utils.apply_fx_node_fixes("onnx", program.graph_module)
+        model = translate.to_onnx(
+            program, opset=opset, input_names=input_names, table=exporter_onnx._ONNX_TRANSLATION_TABLE
+        )
+    exporter_onnx._name_graph_outputs(model.graph, output_names)
+    bodies: list[Any] = [model.graph, *model.functions.values()]
+    for fix in exporter_onnx._IR_FIXES:
+        for body in bodies:
+            fix(body)
+    return Traced(model, runnable, assumptions, symbols)
+
+
+def _symbols(program: torch.export.ExportedProgram, interface: Interface) -> dict[str, str]:
+    """torch's symbol of each dynamic axis -> the axis's name."""
+    names = {}
+    for node in program.graph.nodes:
+        spec = interface.inputs.get(node.name) if node.op == "placeholder" else None
+        if spec is not None:
+            for axis, name in spec.axes.items():
+                names[str(node.meta["val"].shape[axis])] = name
+    return names
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    try:
+        yield
+    except ImpossibleError:
+        raise
+    except Exception as error:  # torch's export errors share no base class, and traced code raises anything
+        fixed = _FIXED_AXIS.search(str(error))
+        if fixed is not None:
+            raise ImpossibleError(
+                f"the model's code fixes axis {fixed['axis']} of '{fixed['name']}' at {fixed['size']}",
+                "make that axis static, or compute with tensor operations instead of Python loops over it",
+            ) from error
+        raise ImpossibleError(f"torch cannot export the model: {root_line(error)}", _hint(error)) from error
+
+
+def _hint(error: BaseException) -> str:
+    text = str(error)
+    if "data-dependent" in text or "DataDependent" in type(error).__name__:
+        return "its Python code branches on tensor values: use tensor operations there"
+    return "--debug shows where"
+
+
+def _output_names(outputs: Any, taken: Mapping[str, Any]) -> list[str]:
+    """Names for a plain module's outputs: dictionary keys, ``output``, or ``output_0``, ``output_1``, ..."""
+    if isinstance(outputs, Tensor):
+        names = ["output"]
+    elif isinstance(outputs, Mapping) and all(isinstance(value, Tensor) for value in outputs.values()):
+        names = [str(key) for key in outputs]
+    else:
+        names = [f"output_{index}" for index in range(len(leaves(outputs)))]
+    return [f"{name}_out" if name in taken else name for name in names]

@@ -1,0 +1,59 @@
+"""The float32 twin of a half-precision graph: the same nodes, every half-precision weight and constant
+widened.
+
+ORT has no bfloat16 arithmetic on CPU and rounds float16 at every cast, and near-tied routers flip under such
+rounding. The twin is compared with the module in float32, where neither blurs the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.graph.slots import all_graphs, tensor_slots
+
+_HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+#: Attributes that name an element type.
+_TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
+
+
+def widen(model: ir.Model) -> None:
+    """Makes the model compute in float32, in place. Weights are widened when they are read."""
+    for slot in tensor_slots(model):
+        if slot.tensor.dtype in _HALF:
+            slot.replace(_widened(slot.tensor))
+    for node in _nodes(model):
+        for name in _TYPE_ATTRIBUTES:
+            attribute = node.attributes.get(name)
+            if attribute is None or attribute.is_ref() or attribute.type != ir.AttributeType.INT:
+                continue
+            if attribute.as_int() in _HALF:
+                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+    for value in _values(model):
+        if value.dtype in _HALF:
+            value.dtype = ir.DataType.FLOAT
+
+
+def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    return ir.LazyTensor(
+        lambda: ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name),
+        dtype=ir.DataType.FLOAT,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=tensor.name,
+    )
+
+
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in all_graphs(model):
+        yield from graph.inputs
+        yield from graph.initializers.values()
+    for node in _nodes(model):
+        yield from node.outputs

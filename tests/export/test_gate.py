@@ -1,0 +1,76 @@
+"""Every gate of the neutral form is recognised by what it computes, and no other is."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import torch.nn.functional as F  # noqa: E402
+
+from sparse_onnx.blocks import Activation, ExpertSpec, GateLayout, WeightLayout  # noqa: E402
+from sparse_onnx.export import gate  # noqa: E402
+
+SHAPES = [
+    (1.0, 0.0, 0.0),
+    (1.702, 1.0, 7.0),
+    (1.0, 0.0, 2.5),
+    (1.0, 0.25, 0.0),
+]
+
+
+def _specs() -> list[ExpertSpec]:
+    specs = [ExpertSpec(act, GateLayout.NONE, WeightLayout.OUT_IN) for act in Activation]
+    specs.append(ExpertSpec(Activation.SILU, GateLayout.NONE, WeightLayout.OUT_IN, alpha=1.702))
+    for layout in (GateLayout.CONCATENATED, GateLayout.INTERLEAVED):
+        for activation in Activation:
+            for alpha, beta, limit in SHAPES:
+                slope = alpha if activation == Activation.SILU else 1.0
+                specs.append(ExpertSpec(activation, layout, WeightLayout.IN_OUT, limit, slope, beta))
+    return list(dict.fromkeys(specs))
+
+
+@pytest.mark.parametrize("spec", _specs(), ids=str)
+def test_each_form_is_found(spec: ExpertSpec) -> None:
+    found = gate.classify(lambda h: gate.evaluate(spec, h), spec.gated, spec.weight_layout)
+    assert found == spec
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gpt_oss_written_its_own_way(dtype: torch.dtype) -> None:
+    def gpt_oss(projected: torch.Tensor) -> torch.Tensor:
+        projected = projected.to(dtype)
+        gate_, up = projected[..., ::2], projected[..., 1::2]
+        gate_, up = gate_.clamp(min=None, max=7.0), up.clamp(min=-7.0, max=7.0)
+        return (up + 1) * (gate_ * torch.sigmoid(gate_ * 1.702))
+
+    found = gate.classify(gpt_oss, True, WeightLayout.IN_OUT)
+    assert found == ExpertSpec(Activation.SILU, GateLayout.INTERLEAVED, WeightLayout.IN_OUT, 7.0, 1.702, 1.0)
+
+
+def _halves(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    first, second = h.chunk(2, dim=-1)
+    return first, second
+
+
+UNKNOWN = {
+    "softcap": lambda h: torch.tanh(F.silu(_halves(h)[0])) * _halves(h)[1],
+    "clamp after the activation": lambda h: F.silu(_halves(h)[0]).clamp(max=7) * _halves(h)[1].clamp(-7, 7),
+    "up before gate": lambda h: F.silu(_halves(h)[1]) * _halves(h)[0],
+    "only up clamped": lambda h: F.silu(_halves(h)[0]) * _halves(h)[1].clamp(-7, 7),
+    "gate clamped below too": lambda h: F.silu(_halves(h)[0].clamp(-1, 7)) * _halves(h)[1].clamp(-7, 7),
+    "mish": lambda h: F.mish(_halves(h)[0]) * _halves(h)[1],
+    "no activation": lambda h: _halves(h)[0] * _halves(h)[1],
+    "zero": lambda h: _halves(h)[0] * 0,
+    "ungated in disguise": lambda h: F.silu(h),
+    "of a fixed width": lambda h: h @ torch.ones(7, 3),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_others_are_refused(name: str) -> None:
+    assert gate.classify(UNKNOWN[name], True, WeightLayout.OUT_IN) is None
+
+
+def test_an_unknown_activation_without_gate_is_refused() -> None:
+    assert gate.classify(F.mish, False, WeightLayout.OUT_IN) is None
+    assert gate.classify(lambda h: F.silu(h) * 1.01, False, WeightLayout.OUT_IN) is None
