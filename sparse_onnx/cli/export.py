@@ -1,0 +1,62 @@
+"""`sparse-onnx export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sparse_onnx.cli import options
+from sparse_onnx.cli.output import Output
+
+
+@click.command("export")
+@click.argument("source", metavar="SOURCE")
+@options.model("out")
+@click.option("--random-weights", is_flag=True, help="Build the model from its config alone.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Element type; default: the source's own.",
+)
+@click.option("--opset", type=int, help="Operator set version of the result.")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run the Python code that comes with a Hugging Face model."
+)
+@click.option("--allow-pickle", is_flag=True, help="Load weights from pickle files, which can run code.")
+@options.reporting
+def command(
+    source: str,
+    out: Path,
+    random_weights: bool,
+    dtype: str | None,
+    opset: int | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    output: Output,
+) -> None:
+    """PyTorch -> ONNX with the sparse blocks whole.
+
+    SOURCE is a local Hugging Face model folder, a hub id, zoo:NAME, FILE.py:NAME or package.module:NAME (an
+    nn.Module, or a function that returns one and its sample inputs).
+
+    FILE.py:NAME and package.module:NAME RUN THE USER'S CODE: it is imported as Python, with your rights.
+
+    The result is run in ONNX Runtime against PyTorch on inputs that were not traced, and refused (exit code
+    4, nothing written) where it differs.
+    """
+    from sparse_onnx.export.api import export
+
+    settings = {} if opset is None else {"opset": opset}
+    with output.progress(f"exporting {source}") as progress:
+        report = export(
+            source,
+            out,
+            random_weights=random_weights,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            progress=progress,
+            **settings,
+        )
+    output.report(report)

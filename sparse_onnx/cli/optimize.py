@@ -1,0 +1,99 @@
+"""`sparse-onnx optimize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from sparse_onnx.cli import options
+from sparse_onnx.cli.output import Output
+
+
+def parse_passes(texts: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """`NAME:option=value,option=value` each -> {NAME: {option: value}}; a NAME given twice adds up."""
+    passes: dict[str, dict[str, str]] = {}
+    for text in texts:
+        name, _, settings = text.partition(":")
+        chosen = passes.setdefault(name, {})
+        for setting in filter(None, settings.split(",")):
+            option, equals, value = setting.partition("=")
+            if not (name and option and equals):
+                raise click.BadParameter(
+                    f"'{text}' is not NAME:option=value,option=value", param_hint="--pass"
+                )
+            chosen[option] = value
+    return passes
+
+
+@click.command("optimize")
+@options.model("in")
+@click.argument("out", metavar="OUT", required=False, type=click.Path(path_type=Path))
+@options.target
+@click.option(
+    "--form",
+    type=click.Choice(["auto", "grouped"]),
+    default="auto",
+    show_default=True,
+    help="Execution form of the sparse blocks; auto: the target's profile decides.",
+)
+@click.option(
+    "--pass",
+    "passes",
+    metavar="NAME:option=value,...",
+    multiple=True,
+    help="Run a pass with these options; repeatable. `sparse-onnx passes` lists them.",
+)
+@click.option("--skip", metavar="NAME", multiple=True, help="Leave a pass out; repeatable.")
+@click.option(
+    "--weights",
+    type=click.Choice(["link", "copy"]),
+    help="Name the input's weight file or copy it; default: link beside the input, else copy.",
+)
+@click.option(
+    "--verify",
+    type=click.Choice(["each", "final", "none"]),
+    default="final",
+    show_default=True,
+    help="Compare with the original after each pass, at the end, or not at all.",
+)
+@click.option("--dry-run", is_flag=True, help="Show what would be done; nothing is written.")
+@click.option("--explain", is_flag=True, help="Show every refusal, not only the first few.")
+@options.reporting
+def command(
+    out: Path | None,
+    target: str,
+    form: str,
+    passes: tuple[str, ...],
+    skip: tuple[str, ...],
+    weights: Literal["link", "copy"] | None,
+    verify: Literal["each", "final", "none"],
+    dry_run: bool,
+    explain: bool,
+    output: Output,
+    **positional: Path,
+) -> None:
+    """Rewrite IN so that ONNX Runtime neither computes nor reads what is not active, and write OUT.
+
+    The result is compared with IN before anything is written (exit code 4 where it differs). OUT may be IN,
+    and may be left out of a dry run. A model in which nothing can be done is copied, and the report says why.
+    """
+    from sparse_onnx.optimize.api import optimize
+
+    source = positional["in"]  # a keyword of the language, hence not a parameter
+    chosen = parse_passes(passes)
+    with output.progress(f"optimizing {source}") as progress:
+        report = optimize(
+            source,
+            out,
+            target=target,
+            form=form,
+            passes=chosen or None,
+            skip=skip,
+            weights=weights or "auto",
+            verify=verify,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    output.report(report, explain=explain)

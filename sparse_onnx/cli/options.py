@@ -1,0 +1,71 @@
+"""Option groups that several commands share, so that each spells them the same."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from sparse_onnx.cli.output import Output, unwritable
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def reporting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds `--json`, `-q`, `-v` and `--debug`; the command receives them as one `output`."""
+
+    @click.option(
+        "--json", "json_to", metavar="FILE|-", help="Write the machine-readable report; - is standard output."
+    )
+    @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+    @click.option("-v", "--verbose", is_flag=True, help="Print every pass, input and version as well.")
+    @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
+    @functools.wraps(function)
+    def wrapper(json_to: str | None, quiet: bool, verbose: bool, debug: bool, **arguments: Any) -> Any:
+        if json_to is not None and json_to != "-" and (reason := unwritable(json_to)):
+            raise click.BadParameter(reason, param_hint="--json")
+        try:
+            return function(output=Output(json_to, quiet, verbose), **arguments)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception:
+            if debug:
+                traceback.print_exc()
+            raise
+
+    return wrapper
+
+
+def threads(default: int | None, text: str) -> Callable[[Command], Command]:
+    return click.option(
+        "--threads", type=click.IntRange(min=1), default=default, show_default=default is not None, help=text
+    )
+
+
+def target(function: Command) -> Command:
+    return click.option(
+        "--target", default="cpu", show_default=True, metavar="NAME", help="`sparse-onnx targets` lists them."
+    )(function)
+
+
+def show(function: Command) -> Command:
+    """`[show NAME]` of a catalogue: the command receives `name`, None for the whole list."""
+
+    @click.argument("action", metavar="[show NAME]", required=False, type=click.Choice(["show"]))
+    @click.argument("name", metavar="", required=False)
+    @functools.wraps(function)
+    def wrapper(action: str | None, name: str | None, **arguments: Any) -> Any:
+        if action is not None and name is None:
+            raise click.UsageError("'show' needs a NAME")
+        return function(name=name, **arguments)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def model(name: str) -> Callable[[Command], Command]:
+    """A positional path of a model. The loader judges whether it can be read."""
+    return click.argument(name, metavar=name.upper(), type=click.Path(path_type=Path))

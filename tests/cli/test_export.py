@@ -1,0 +1,55 @@
+"""Options reach `export` as it takes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from sparse_onnx.cli import main
+from sparse_onnx.core.report import Report
+
+
+@pytest.fixture
+def received(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    calls: dict[str, Any] = {}
+
+    def record(source: str, out: Path, **settings: Any) -> Report:
+        calls.update(settings, source=source, out=out)
+        return Report("export")
+
+    monkeypatch.setattr("sparse_onnx.export.api.export", record)
+    return calls
+
+
+def test_nothing_is_trusted_unless_asked(received: dict[str, Any]) -> None:
+    assert CliRunner().invoke(main, ["export", "zoo:byte-moe", "m.onnx", "-q"]).exit_code == 0
+    assert received == {
+        "source": "zoo:byte-moe",
+        "out": Path("m.onnx"),
+        "random_weights": False,
+        "dtype": None,
+        "trust_remote_code": False,
+        "allow_pickle": False,
+        "progress": None,
+    }
+
+
+def test_every_option(received: dict[str, Any]) -> None:
+    arguments = ["org/name", "m.onnx", "--random-weights", "--dtype", "float16", "--opset", "21"]
+    arguments += ["--trust-remote-code", "--allow-pickle"]
+    assert CliRunner().invoke(main, ["export", *arguments]).exit_code == 0
+    assert (received["random_weights"], received["dtype"], received["opset"]) == (True, "float16", 21)
+    assert (
+        received["trust_remote_code"] is received["allow_pickle"] is True and received["progress"] is not None
+    )
+
+
+def test_a_source_that_is_not_there_exits_without_a_file(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    out = tmp_path / "m.onnx"
+    result = CliRunner().invoke(main, ["export", str(tmp_path / "no_such.py") + ":model", str(out), "-q"])
+    assert result.exit_code in (2, 3) and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
