@@ -13,9 +13,9 @@ from sparse_onnx.core.report import Report, VerifyRecord
 from sparse_onnx.graph import io, stats
 from sparse_onnx.graph.annotate import annotate
 from sparse_onnx.inspect.blocks import block_records
-from sparse_onnx.verify.blocks import compare_blocks
+from sparse_onnx.verify.blocks import GROUP_BYTES, compare_blocks
 from sparse_onnx.verify.inputs import cases
-from sparse_onnx.verify.lowering import GROUP_BYTES, default_threads
+from sparse_onnx.verify.lowering import default_threads
 from sparse_onnx.verify.metadata import discard_unsound
 from sparse_onnx.verify.sides import Blocks
 from sparse_onnx.verify.whole import compare_whole

@@ -22,6 +22,9 @@ from sparse_onnx.verify.feeds import routings
 from sparse_onnx.verify.sides import Blocks, Side
 from sparse_onnx.verify.skeleton import same_outside
 
+#: Bytes of weights that are mapped at once: with `lowering.WHOLE_BYTES` it keeps `optimize` below 1 GB.
+GROUP_BYTES = 192 << 20
+
 
 def compare_blocks(
     reference_model: ir.Model,

@@ -9,14 +9,13 @@ import onnx_ir as ir
 
 from sparse_onnx.core.report import VerifyRecord
 from sparse_onnx.graph import stats
-from sparse_onnx.verify.blocks import compare_blocks
+from sparse_onnx.verify.blocks import GROUP_BYTES, compare_blocks
 from sparse_onnx.verify.inputs import cases
 from sparse_onnx.verify.whole import compare_whole
 
-#: Largest model that is run whole, twice at once and with prepacked copies of its weights, and the weights that are
-#: mapped at once otherwise: together with the interpreter they keep `optimize` below 1 GB whatever the model's size.
+#: Largest model that is run whole, twice at once and with prepacked copies of its weights: with that and `GROUP_BYTES`
+#: `optimize` stays below 1 GB whatever the model's size.
 WHOLE_BYTES = 128 << 20
-GROUP_BYTES = 192 << 20
 
 
 def default_threads() -> int:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from sparse_onnx.core.errors import OutsideError
 from sparse_onnx.core.report import VerifyRecord
 from sparse_onnx.targets import session as sessions
-from sparse_onnx.verify.blocks import compare_blocks
+from sparse_onnx.verify.blocks import GROUP_BYTES, compare_blocks
 from sparse_onnx.verify.compare import Difference, difference
 from sparse_onnx.verify.coverage import Coverage, describe
 from sparse_onnx.verify.inputs import Case
@@ -47,7 +47,7 @@ def compare_whole(
     names: tuple[str, str] = ("the original", "the result"),
     candidate_path: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
-    memory: int = 192 << 20,
+    memory: int = GROUP_BYTES,
     neutral: ir.Model | None = None,
 ) -> VerifyRecord:
     """Runs both models on every case, repeated ones several times, and compares all outputs.
