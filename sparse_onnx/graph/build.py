@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,23 @@ class Namespace:
         self._added[id(graph), key] = value
         return value
 
+    @property
+    def added(self) -> int:
+        """How many initializers were added, for `take_back`."""
+        return len(self._added)
+
+    def take_back(self, added: int) -> None:
+        """Removes all initializers but the first `added` ones, and those that something reads."""
+        for key in list(itertools.islice(self._added, added, None)):
+            value = self._added[key]
+            graph = value.graph
+            if value.uses() or value.is_graph_output():
+                continue
+            del self._added[key]
+            if isinstance(graph, ir.Graph) and value.name is not None:
+                graph.initializers.pop(value.name, None)
+            self._taken.discard(value.name)
+
 
 class Emitter:
     """Collects the nodes of one rewrite, then puts them into the graph at once.
@@ -64,6 +82,7 @@ class Emitter:
         self.graph, self.names, self.prefix = graph, names, prefix
         self.metadata = dict(metadata or {})
         self.nodes: list[ir.Node] = []
+        self._added = names.added
 
     def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """A node with one output."""
@@ -109,6 +128,17 @@ class Emitter:
         body = "_".join(map(str, values.tolist()[:4]))
         tensor = ir.Tensor(array, name=f"sparse_onnx/{array.dtype.name}[{shape}]={body}")
         return self.names.initializer(self.graph, (array.dtype.name, array.shape, array.tobytes()), tensor)
+
+    def withdraw(self) -> None:
+        """Gives the rewrite up: its nodes leave the graph, and so do the initializers that were added since it began.
+        Nobody else may read what the nodes compute."""
+        for node in reversed(self.nodes):
+            if node.graph is not None:
+                self.graph.remove(node, safe=True)
+            for at in range(len(node.inputs)):
+                node.replace_input_with(at, None)
+        self.nodes.clear()
+        self.names.take_back(self._added)
 
     def replace(self, node: ir.Node, output: ir.Value) -> None:
         """Puts the nodes where `node` was, and `output` in place of its first output, under that one's name."""

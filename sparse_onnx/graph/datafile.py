@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import errno
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from sparse_onnx.core.errors import ModelError
 from sparse_onnx.graph.external import opened
+from sparse_onnx.graph.stacked import pieces, place
 from sparse_onnx.graph.text import quoted
 
 # A large tensor starts on a page: a runtime then maps it without sharing pages with its neighbour, file
@@ -45,7 +46,8 @@ def layout(tensors: Sequence[ir.TensorProtocol]) -> tuple[list[int], list[Part]]
     """Where each tensor goes in a new data file, and what must be written there, in ascending order.
 
     External ranges which overlap (a packed tensor and slices of it, or one range under two names) keep their
-    place relative to each other, and are written once; so is a tensor object that is used twice.
+    place relative to each other, and are written once; so is a tensor object that is used twice. A stack of tensors
+    that lie apart is written part by part, whatever else is written of them.
     """
     unions = _unions(tensors)
     placed: dict[Hashable, int] = {}
@@ -62,14 +64,30 @@ def layout(tensors: Sequence[ir.TensorProtocol]) -> tuple[list[int], list[Part]]
             first, length = starts[at], ends[at] - starts[at]
         else:
             start = first = 0
-            key, length = id(tensor), tensor.nbytes
+            key, length = place(tensor, _identity), tensor.nbytes
         if key not in placed:
             unit = _PAGE if length >= _LARGE else _LINE
             placed[key] = -(-end // unit) * unit
             end = placed[key] + length
-            parts.append(Part(tensor, first, length, placed[key]))
+            parts.extend(_parts(tensor, first, length, placed[key]))
         offsets.append(placed[key] + start - first)
     return offsets, parts
+
+
+def _parts(tensor: ir.TensorProtocol, start: int, length: int, offset: int) -> Iterator[Part]:
+    for piece in pieces(tensor):
+        if piece is tensor:
+            yield Part(tensor, start, length, offset)
+            continue
+        start = (piece.offset or 0) if isinstance(piece, ir.ExternalTensor) else 0
+        yield Part(piece, start, piece.nbytes, offset)
+        offset += piece.nbytes
+
+
+def _identity(tensor: ir.TensorProtocol) -> Hashable:
+    if isinstance(tensor, ir.ExternalTensor):
+        return _file(tensor), tensor.offset or 0, tensor.nbytes
+    return id(tensor)
 
 
 def _file(tensor: ir.ExternalTensor) -> tuple[str, str]:

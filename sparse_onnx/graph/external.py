@@ -190,6 +190,22 @@ def moved(tensor: ir.TensorProtocol, location: str, offset: int, base_dir: str =
     )
 
 
+def renamed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    """An external tensor under another name; any other tensor itself, so that its memory is known to be the same."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor
+    copy = moved(tensor, os.fspath(tensor.location), tensor.offset or 0, os.fspath(tensor.base_dir))
+    copy.name = name
+    return copy
+
+
+class FirstAxis(ir.LazyTensor):
+    """A lazy tensor that knows its slices along the first axis, and need not be evaluated for one of them."""
+
+    def part(self, index: int, name: str) -> ir.TensorProtocol:
+        raise NotImplementedError
+
+
 def drop_mapping(tensor: ir.TensorProtocol) -> None:
     """Unmaps what `ir.ExternalTensor.numpy` keeps. Arrays of it that are still in use stay valid."""
     if isinstance(tensor, ir.ExternalTensor):
@@ -202,8 +218,8 @@ def drop_mapping(tensor: ir.TensorProtocol) -> None:
 def slice_first_axis(tensor: ir.TensorProtocol, index: int, name: str) -> ir.TensorProtocol:
     """``tensor[index]`` of a packed ``[E, ...]`` tensor, under another name; no weight is read or copied.
 
-    An external tensor gives a byte range of the same file, one in memory a view, a lazy one a lazy slice
-    (which evaluates the whole, unless that caches).
+    An external tensor gives a byte range of the same file, one in memory a view, a stack its part as it is
+    stored, any other lazy one a lazy slice (which evaluates the whole, unless that caches).
 
     Args:
         tensor: rank 1 or more.
@@ -226,6 +242,8 @@ def slice_first_axis(tensor: ir.TensorProtocol, index: int, name: str) -> ir.Ten
         return ir.ExternalTensor(
             tensor.location, start, nbytes, tensor.dtype, shape=rest, name=name, base_dir=tensor.base_dir
         )
+    if isinstance(tensor, FirstAxis):
+        return tensor.part(index, name)
     if isinstance(tensor, ir.LazyTensor):
         take = functools.partial(_view, tensor, index, name)
         return ir.LazyTensor(take, tensor.dtype, rest, name=name)

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
+from sparse_onnx.core.collector import paused
 from sparse_onnx.core.errors import ModelError
 from sparse_onnx.graph.check import check_model
 from sparse_onnx.graph.external import DataFile, moved
@@ -30,17 +31,18 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     """
     path = os.fspath(path)
     folder = os.path.dirname(os.path.abspath(path))
-    try:
-        proto = _parse(_read(path))
-        data_files = check_model(proto, folder)
-        model = _deserialize(proto)
-    except ModelError as error:
-        error.where = printable(path)
-        raise
-    for slot in tensor_slots(model):
-        if isinstance(slot.tensor, ir.ExternalTensor):
-            _settle(slot, slot.tensor, data_files[os.fspath(slot.tensor.location)])
-    return model
+    with paused():
+        try:
+            proto = _parse(_read(path))
+            data_files = check_model(proto, folder)
+            model = _deserialize(proto)
+        except ModelError as error:
+            error.where = printable(path)
+            raise
+        for slot in tensor_slots(model):
+            if isinstance(slot.tensor, ir.ExternalTensor):
+                _settle(slot, slot.tensor, data_files[os.fspath(slot.tensor.location)])
+        return model
 
 
 def _read(path: str) -> bytes:

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.core.collector import paused
 from sparse_onnx.core.report import ModelRecord
 from sparse_onnx.graph.external import opened
 from sparse_onnx.graph.slots import all_graphs, tensor_slots
+from sparse_onnx.graph.stacked import Stacked, stored
 
 # Weight bytes that a fingerprint reads: of each tensor, and of all of them together.
 _SAMPLE = 4096
@@ -22,7 +24,8 @@ _SPANS = 8
 
 def record(model: ir.Model, path: str | os.PathLike[str]) -> ModelRecord:
     """The report's description of a model on disk."""
-    return ModelRecord(os.fspath(path), node_count(model), weight_bytes(model), fingerprint(model))
+    with paused():
+        return ModelRecord(os.fspath(path), node_count(model), weight_bytes(model), fingerprint(model))
 
 
 def node_count(model: ir.Model) -> int:
@@ -36,8 +39,9 @@ def weight_bytes(model: ir.Model) -> int:
     for graph in all_graphs(model):
         for value in graph.initializers.values():
             if value.const_value is not None:
-                owner, start, length = _span(value.const_value)
-                spans.setdefault(owner, []).append((start, start + length))
+                for tensor in stored(value.const_value):
+                    owner, start, length = _span(tensor)
+                    spans.setdefault(owner, []).append((start, start + length))
     return sum(_covered(ranges) for ranges in spans.values())
 
 
@@ -142,8 +146,21 @@ def _sample(tensor: ir.TensorProtocol, budget: int) -> list[bytes]:
     else:
         size = budget // _SPANS
         spans = [((nbytes - size) * index // (_SPANS - 1), size) for index in range(_SPANS)]
-    if nbytes == 0:
-        return []
+    return _read(tensor, spans) if nbytes else []
+
+
+def _read(tensor: ir.TensorProtocol, spans: list[tuple[int, int]]) -> list[bytes]:
+    """Bytes of the tensor: so many from each of these starts."""
+    if isinstance(tensor, Stacked):
+        each, chunks = tensor.parts[0].nbytes, []
+        for start, size in spans:
+            end = start + size
+            while start < end:
+                index, inside = divmod(start, each)
+                length = min(end - start, each - inside)
+                chunks += _read(tensor.parts[index], [(inside, length)])
+                start += length
+        return chunks
     if isinstance(tensor, ir.ExternalTensor):
         first = tensor.offset or 0
         with opened(tensor) as file:

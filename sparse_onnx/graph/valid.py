@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import onnx
 import onnx_ir as ir
+
+from sparse_onnx.core.collector import paused
+from sparse_onnx.graph.external import moved
+from sparse_onnx.graph.slots import tensor_slots
+
+#: Bytes up to which a tensor may hold a shape or axes, which operators need to know.
+_SMALL = 1024
+_ELSEWHERE = "elsewhere"
 
 
 def invalid(model: ir.Model) -> str:
@@ -14,7 +23,28 @@ def invalid(model: ir.Model) -> str:
     The checker opens external data relative to the working directory, so external initializers stand in for it as
     graph inputs of their type and shape. Files are checked where models are loaded.
     """
-    proto = ir.to_proto(model)
+    try:
+        with paused():
+            onnx.checker.check_model(without_weights(model, only_external=True))
+    except onnx.checker.ValidationError as error:
+        return str(error).strip().splitlines()[0]
+    return ""
+
+
+def without_weights(model: ir.Model, only_external: bool = False) -> onnx.ModelProto:
+    """The model with graph inputs of the same type and shape in place of its large initializers.
+
+    Args:
+        model: unchanged.
+        only_external: whether large ones that are in memory stay. Lazy ones never do.
+    """
+    with contextlib.ExitStack() as undo:
+        for slot in tensor_slots(model):
+            tensor = slot.tensor
+            large = slot.is_initializer and tensor.dtype != ir.DataType.STRING and tensor.nbytes > _SMALL
+            if large and (isinstance(tensor, ir.LazyTensor) or not only_external):
+                undo.callback(slot.replace(moved(tensor, _ELSEWHERE, 0)))
+        proto = ir.to_proto(model)
     inputs = {value.name for value in proto.graph.input}
     for graph in _graphs(proto.graph):
         inline = []
@@ -27,13 +57,10 @@ def invalid(model: ir.Model) -> str:
                 value.type.tensor_type.shape.dim.extend(
                     onnx.TensorShapeProto.Dimension(dim_value=size) for size in tensor.dims
                 )
+                inputs.add(tensor.name)
         del graph.initializer[:]
         graph.initializer.extend(inline)
-    try:
-        onnx.checker.check_model(proto)
-    except onnx.checker.ValidationError as error:
-        return str(error).strip().splitlines()[0]
-    return ""
+    return proto
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
