@@ -6,6 +6,8 @@ import onnx.parser
 import onnx_ir as ir
 
 from sparse_onnx.blocks.body import body_text
+from sparse_onnx.blocks.combine import COMBINE, is_combine
+from sparse_onnx.blocks.combine_function import combine_text
 from sparse_onnx.blocks.moe import is_neutral
 from sparse_onnx.blocks.spec import DOMAIN, DOMAIN_VERSION
 from sparse_onnx.core.errors import ModelError
@@ -17,7 +19,7 @@ def make_function(op: str, opset: int) -> ir.Function:
     """The definition of a neutral operator.
 
     Args:
-        op: ``MoE`` or ``GatedMoE``.
+        op: ``MoE``, ``GatedMoE`` or ``Combine``.
         opset: the model's version of the default domain.
 
     Raises:
@@ -28,6 +30,8 @@ def make_function(op: str, opset: int) -> ir.Function:
             f"opset {opset} is too old for {DOMAIN}::{op}, which needs {MIN_OPSET}",
             "convert the model to a newer opset first",
         )
+    if op == COMBINE:
+        return ir.serde.deserialize_function(onnx.parser.parse_function(combine_text(DOMAIN, opset)))
     function = ir.serde.deserialize_function(onnx.parser.parse_function(body_text(op, DOMAIN, opset)))
     (loop,) = (node for node in function if node.op_type == "Loop")
     count, condition, _ = loop.attributes["body"].as_graph().inputs
@@ -51,7 +55,8 @@ def attach_functions(model: ir.Model) -> bool:
     holders = []
     used: set[str] = set()
     for scope in scopes:
-        found = {node.op_type for node in ir.traversal.RecursiveGraphIterator(scope) if is_neutral(node)}
+        nodes = ir.traversal.RecursiveGraphIterator(scope)
+        found = {node.op_type for node in nodes if is_neutral(node) or is_combine(node)}
         if found:
             holders.append(scope)
         used |= found

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from sparse_onnx.blocks.combine import CombineBlock
 from sparse_onnx.blocks.moe import NAME_KEY, MoEBlock
 from sparse_onnx.blocks.routing import router_scores
 
@@ -33,7 +34,7 @@ class LoweredBlock:
     top_k: int | None
     hidden: int | None
     inner: int | None
-    activation: str
+    activation: str | None
     gated: bool
     parameters: int | None
     active_parameters: int | None
@@ -44,22 +45,24 @@ class LoweredBlock:
     scores: str | None
 
     @staticmethod
-    def of(block: MoEBlock, form: str) -> LoweredBlock:
+    def of(block: MoEBlock | CombineBlock, form: str) -> LoweredBlock:
         scores = router_scores(block.expert_index)
+        tokens, moe = block.tokens, block if isinstance(block, MoEBlock) else None
+        assert tokens is not None
         return LoweredBlock(
             name=block.name,
             kind="moe",
-            spelling="neutral",
+            spelling=block.spelling,
             form=form,
             experts=block.experts,
             top_k=block.top_k,
             hidden=block.hidden,
-            inner=block.inner,
-            activation=block.spec.name,
-            gated=block.gated,
+            inner=None if moe is None else moe.inner,
+            activation=None if moe is None else moe.spec.name,
+            gated=moe is not None and moe.gated,
             parameters=block.parameters,
             active_parameters=block.active_parameters,
-            tokens=block.tokens.name or "",
+            tokens=tokens.name or "",
             expert_index=block.expert_index.name or "",
             expert_weight=block.expert_weight.name or "",
             output=block.output.name or "",

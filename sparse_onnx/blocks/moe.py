@@ -27,6 +27,9 @@ from sparse_onnx.graph.external import read_array
 NAME_KEY = "sparse_onnx.block"
 """Node metadata: the name of the block that the node belongs to."""
 
+SPELLING_KEY = "sparse_onnx.spelling"
+"""Metadata of a neutral node: how the model that it was recognised in spelled it."""
+
 _LARGEST_BIAS = 64 << 20
 """Bytes of a constant that `is_zero` is willing to read."""
 
@@ -108,6 +111,11 @@ class MoEBlock:
     def name(self) -> str:
         """The block's name in reports: what its exporter called it, else the node's name or its output's."""
         return self.node.metadata_props.get(NAME_KEY) or self.node.name or self.output.name or self.op
+
+    @property
+    def spelling(self) -> str:
+        """How the block was written where it was found; ``neutral`` for one that was exported so."""
+        return self.node.metadata_props.get(SPELLING_KEY, "neutral")
 
     @functools.cached_property
     def parameters(self) -> int | None:

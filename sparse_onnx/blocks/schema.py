@@ -5,6 +5,8 @@ from __future__ import annotations
 import onnx
 from onnx.defs import OpSchema
 
+from sparse_onnx.blocks.combine import COMBINE
+from sparse_onnx.blocks.combine_function import combine_schema
 from sparse_onnx.blocks.spec import (
     DOMAIN,
     DOMAIN_VERSION,
@@ -62,10 +64,12 @@ _ATTRIBUTES = {
 
 
 def register_schemas() -> None:
-    """Registers both schemas with onnx, in this process. Calling it again does nothing."""
+    """Registers all schemas with onnx, in this process. Calling it again does nothing."""
     for op in ROLES:
         if not onnx.defs.has(op, DOMAIN):
             onnx.defs.register_schema(_schema(op))
+    if not onnx.defs.has(COMBINE, DOMAIN):
+        onnx.defs.register_schema(combine_schema())
 
 
 def _schema(op: str) -> OpSchema:

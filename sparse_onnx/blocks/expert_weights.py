@@ -1,0 +1,125 @@
+"""Each expert's own matrices, cut out of a block's packed weights, and the product by one of them.
+
+Quantized weights stay as they are stored: an expert gets its range of the integers and its scales, and multiplies by
+com.microsoft::MatMulNBits where that can express them, else by DequantizeLinear and Gemm. The latter turns the weights
+of experts without tokens into numbers too, at every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+from sparse_onnx.blocks.expert import Linear, emit_linear
+from sparse_onnx.blocks.moe import MoEBlock, is_zero
+from sparse_onnx.blocks.nbits import DOMAIN, NBits, block_size, emit_nbits
+from sparse_onnx.blocks.quantized import Quantized
+from sparse_onnx.blocks.spec import WeightLayout
+from sparse_onnx.graph.build import Emitter, Namespace
+from sparse_onnx.graph.external import slice_first_axis
+
+
+def obstacle(value: ir.Value, role: str) -> tuple[str, str] | None:
+    """Why a packed weight cannot be cut into experts, and what to do about it; None where it can."""
+    if value.const_value is not None and value.is_initializer() and not value.is_graph_input():
+        return None
+    weight = None if role.endswith("_bias") else Quantized.of(value)
+    if weight is None or len(weight.shape) != 3:
+        return (
+            f"{role} is computed or passed in at run time",
+            "weights must be initializers that are not graph inputs",
+        )
+    try:
+        weight.part(0, "")
+    except ValueError as error:
+        return (
+            f"{role} is quantized, and not expert by expert: {error}",
+            "quantize each expert in blocks of its own",
+        )
+    return None
+
+
+class ExpertWeights:
+    """The experts of one block. Their matrices become initializers of the graph that holds the packed ones.
+
+    Args:
+        block: whose weights have no `obstacle`.
+        names: of the model.
+        contrib: whether operators of ONNX Runtime may be used.
+    """
+
+    def __init__(self, block: MoEBlock, names: Namespace, contrib: bool = True) -> None:
+        self.block, self.names, self.contrib = block, names, contrib
+        self.first_roles = block.spec.roles[:-1]
+        self.last_role = block.spec.roles[-1]
+        self.domains: set[str] = set()
+        weights = block.weights
+        self.biased = {role: not is_zero(weights[f"{role}_bias"]) for role in block.spec.roles}
+        self.quantized = {role: Quantized.of(weights[role]) for role in block.spec.roles}
+
+    def linear(self, emit: Emitter, role: str, expert: int, rows: ir.Value) -> ir.Value:
+        """``rows [n, in] -> [n, out]`` by one matrix of one expert, with its bias."""
+        bias = self._slice(self.block.weights[f"{role}_bias"], expert) if self.biased[role] else None
+        value, weight = self.block.weights[role], self.quantized[role]
+        if weight is None:
+            return emit_linear(emit, self.block.spec, rows, Linear(self._slice(value, expert), bias))
+        part = weight.part(expert, f"{value.name}.{expert}")
+        out_in = self.block.spec.weight_layout == WeightLayout.OUT_IN
+        if self.contrib and out_in and part.dtype == self.block.dtype and block_size(part) is not None:
+            return self._product(emit, value, expert, part, rows, bias)
+        matrix = self._dequantized(emit, value, expert, part)
+        return emit_linear(emit, self.block.spec, rows, Linear(matrix, bias))
+
+    def _product(
+        self,
+        emit: Emitter,
+        value: ir.Value,
+        expert: int,
+        part: Quantized,
+        rows: ir.Value,
+        bias: ir.Value | None,
+    ) -> ir.Value:
+        stored = NBits.of(part)
+        assert stored is not None
+        self.domains.add(DOMAIN)
+        data = self._put(value, expert, "nbits", stored.data)
+        scales = self._put(value, expert, "scales", stored.scales)
+        points = None
+        if stored.zero_points is not None:
+            points = self._put(value, expert, "zero_points", stored.zero_points)
+        return emit_nbits(emit, rows, data, scales, points, bias, stored)
+
+    def _dequantized(self, emit: Emitter, value: ir.Value, expert: int, part: Quantized) -> ir.Value:
+        inputs = [self._put(value, expert, "data", part.data), self._put(value, expert, "scale", part.scale)]
+        if part.zero_point is not None:
+            inputs.append(self._put(value, expert, "zero_point", part.zero_point))
+        attributes: dict[str, Any] = {"axis": part.axis} if len(part.scale.shape) else {}
+        if part.block:
+            attributes["block_size"] = part.block
+        return emit.op("DequantizeLinear", *inputs, **attributes)
+
+    def _slice(self, packed: ir.Value, expert: int) -> ir.Value:
+        assert packed.const_value is not None and isinstance(packed.graph, ir.Graph)
+        tensor = slice_first_axis(packed.const_value, expert, f"{packed.name}.{expert}")
+        return self.names.initializer(packed.graph, (packed.name, expert), tensor)
+
+    def _put(self, value: ir.Value, expert: int, what: str, tensor: ir.TensorProtocol) -> ir.Value:
+        node = value.producer()
+        assert node is not None and isinstance(node.graph, ir.Graph)
+        return self.names.initializer(node.graph, (value.name, expert, what), tensor)
+
+    def drop_unused(self) -> None:
+        """Removes packed weights, and the nodes that dequantize them, which nothing reads any more."""
+        values = list(self.block.weights.values())
+        for role, weight in self.quantized.items():
+            node = self.block.weights[role].producer()
+            if weight is None or node is None or node.graph is None:
+                continue
+            if not (node.outputs[0].uses() or node.outputs[0].is_graph_output()):
+                node.graph.remove(node, safe=True)
+                values += weight.values
+        for value in values:
+            graph = value.graph
+            if isinstance(graph, ir.Graph) and not value.uses() and not value.is_graph_output():
+                graph.initializers.pop(value.name or "", None)
