@@ -1,0 +1,1 @@
+"""What recognisers share: reading values, rows, linear layers, experts and gates however a graph spells them."""
