@@ -26,14 +26,44 @@ class Step:
 PIPELINE: tuple[Step, ...] = (
     Step(
         "prepare",
+        "convert_opset",
+        "the neutral form needs opset 18; first, since only functions of the model's own version can be inlined",
+    ),
+    Step(
+        "prepare",
         "onnx_ir:InlinePass",
         "a block inside a model-local function cannot have weights of its own",
     ),
     Step("prepare", "onnx_ir:NameFixPass", "nodes are named in reports, and names must be told apart"),
     Step("prepare", "onnx_ir:LiftConstantsToInitializersPass", "weights may be written as Constant nodes"),
-    Step("prepare", "onnx_ir:ShapeInferencePass", "the number of a token's experts and the types of a block"),
+    Step("prepare", "infer_shapes", "the number of a token's experts and the types of a block"),
+    Step("prepare", "fold_shapes", "exporters compute sizes that are known"),
+    Step(
+        "prepare",
+        "share_values",
+        "recognisers compare values by identity; behind the folding, which makes equals",
+    ),
+    Step(
+        "prepare",
+        "onnx_ir:RemoveUnusedNodesPass",
+        "a reader that nobody reads hides that a value has one use",
+    ),
     Step("prepare", "name_blocks", "an inlined function leaves the same name on each copy of its blocks"),
+    Step(
+        "recognise", "recognise_contrib", "ORT's own operators, for targets that lack them or run them slower"
+    ),
+    Step("recognise", "recognise_gathered", "each slot's weights gathered, one product a slot"),
+    Step("recognise", "recognise_grouped", "tokens sorted by expert, one product an expert"),
+    Step("recognise", "recognise_expert_loop", "one branch an expert, over the tokens that NonZero finds"),
+    Step("recognise", "recognise_dense_mask", "every expert on every token, most of it weighted with zero"),
+    Step("recognise", "recognise_gshard", "tokens dispatched into an expert's slots by one-hot products"),
+    Step(
+        "lower",
+        "repair_scatter_add",
+        "ORT's sums are wrong where indices repeat, in a block or anywhere else",
+    ),
     Step("lower", "fuse_gating", "neutral blocks into the dispatch that ORT runs best", forms=("grouped",)),
+    Step("lower", "route_experts", "experts of any body, each on its own rows", forms=("grouped",)),
     Step("finish", "onnx_ir:RemoveUnusedNodesPass", "what only a rewritten block read"),
     Step("finish", "onnx_ir:RemoveUnusedFunctionsPass", "bodies of neutral operators that are all lowered"),
     Step("finish", "onnx_ir:RemoveUnusedOpsetsPass", "the domain of those operators"),

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from sparse_onnx.blocks import blocks
+from sparse_onnx.blocks import neutral_blocks
 from sparse_onnx.blocks.lowered import NAME_KEY, lowered_blocks
 from sparse_onnx.core.passes import Outcome, Pass
 
@@ -26,7 +26,7 @@ class NameBlocks(Pass):
 
     def call(self, model: ir.Model) -> Outcome:
         taken = {block.name for block in lowered_blocks(model)}
-        found = blocks(model)
+        found = neutral_blocks(model)
         renamed = 0
         for block in found:
             name, count = block.name, 0
