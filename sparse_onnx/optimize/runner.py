@@ -12,6 +12,7 @@ from onnx_ir.passes import common
 
 from sparse_onnx.blocks import DOMAIN
 from sparse_onnx.core import registry
+from sparse_onnx.core.collector import paused
 from sparse_onnx.core.errors import ModelError, SparseOnnxError, UsageError
 from sparse_onnx.core.passes import Outcome, Pass, parse_options
 from sparse_onnx.core.report import PassRecord, Refusal
@@ -22,10 +23,6 @@ from sparse_onnx.passes import PHASES, PIPELINE, Phase, Step
 _LIBRARY_OPTIONS: dict[str, dict] = {
     "InlinePass": {"criteria": lambda function: function.domain != DOMAIN},
     "LiftConstantsToInitializersPass": {"lift_all_constants": True, "size_limit": 0},
-    "ShapeInferencePass": {
-        "check_type": False,
-        "strict_mode": False,
-    },  # as far as it goes, whatever else is wrong
 }
 
 
@@ -102,41 +99,57 @@ def run(
     planned: Sequence[Planned],
     after: Callable[[Phase, Planned, ir.Model, Outcome], None] | None = None,
     progress: Callable[[str], None] | None = None,
+    before: Callable[[Phase, ir.Model], None] | None = None,
 ) -> Result:
-    """Runs a plan over `model` in place. `after` is called behind each pass that changed the model.
+    """Runs a plan over `model` in place.
+
+    Args:
+        model: changed.
+        planned: the plan.
+        after: called behind each pass that changed the model.
+        progress: called with a line at each pass.
+        before: called before the first pass of each phase.
 
     Raises:
         ModelError: a pass broke, or found the model broken.
     """
     result = Result()
-    for item in planned:
-        if item.run is None:
-            continue
-        if progress is not None:
-            progress(f"{item.step.phase}: {item.step.name}")
+    with paused():
+        phase = None
         nodes, size = stats.node_count(model), stats.weight_bytes(model)
-        start = time.perf_counter()
-        outcome = _apply(item, model)
-        elapsed = time.perf_counter() - start
-        result.records.append(
-            PassRecord(
-                name=item.step.name,
-                kind=item.run.kind,
-                matched=outcome.matched,
-                rewritten=outcome.rewritten,
-                refused=len(outcome.refusals),
-                ms=round(elapsed * 1e3, 3),
-                nodes_before=nodes,
-                nodes_after=stats.node_count(model),
-                bytes_before=size,
-                bytes_after=stats.weight_bytes(model),
+        for item in planned:
+            if item.run is None:
+                continue
+            if before is not None and item.step.phase != phase:
+                before(item.step.phase, model)
+            phase = item.step.phase
+            if progress is not None:
+                progress(f"{item.step.phase}: {item.step.name}")
+            start = time.perf_counter()
+            outcome = _apply(item, model)
+            elapsed = time.perf_counter() - start
+            nodes_before, bytes_before = nodes, size
+            if outcome.modified:
+                nodes, size = stats.node_count(model), stats.weight_bytes(model)
+            result.records.append(
+                PassRecord(
+                    name=item.step.name,
+                    kind=item.run.kind,
+                    matched=outcome.matched,
+                    rewritten=outcome.rewritten,
+                    refused=len(outcome.refusals),
+                    ms=round(elapsed * 1e3, 3),
+                    nodes_before=nodes_before,
+                    nodes_after=nodes,
+                    bytes_before=bytes_before,
+                    bytes_after=size,
+                )
             )
-        )
-        result.refusals.extend(outcome.refusals)
-        if outcome.modified:
-            result.changed |= item.step.phase not in ("prepare", "finish")
-            if after is not None:
-                after(item.step.phase, item, model, outcome)
+            result.refusals.extend(outcome.refusals)
+            if outcome.modified:
+                result.changed |= item.step.phase not in ("prepare", "finish")
+                if after is not None:
+                    after(item.step.phase, item, model, outcome)
     return result
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.graph.external import opened
+from sparse_onnx.graph.stacked import pieces, place
 
 _CHUNK = 8 << 20
 #: Constants up to this size are always read.
@@ -28,7 +29,7 @@ class Constants:
         places: dict[str, tuple[set[Hashable], set[Hashable]]] = defaultdict(lambda: (set(), set()))
         for side, tensors in enumerate((first, second)):
             for tensor in tensors:
-                places[_head(tensor)][side].add(_place(tensor))
+                places[_head(tensor)][side].add(place(tensor, _place))
         self._shared = {head for head, (ours, theirs) in places.items() if ours == theirs}
         self._known: dict[Hashable, str] = {}
 
@@ -40,12 +41,12 @@ class Constants:
         """
         if tensor is None:
             return "absent"
-        head, place = _head(tensor), _place(tensor)
+        head, where = _head(tensor), place(tensor, _place)
         if head in self._shared and (tensor.dtype == ir.DataType.STRING or tensor.nbytes > _SMALL):
-            return f"{head} at {place}"
-        if (head, place) not in self._known:
-            self._known[head, place] = f"{head} {_content(tensor)}"
-        return self._known[head, place]
+            return f"{head} at {where}"
+        if (head, where) not in self._known:
+            self._known[head, where] = f"{head} {_content(tensor)}"
+        return self._known[head, where]
 
 
 def _head(tensor: ir.TensorProtocol) -> str:
@@ -60,6 +61,12 @@ def _place(tensor: ir.TensorProtocol) -> Hashable:
 
 def _content(tensor: ir.TensorProtocol) -> str:
     digest = hashlib.sha256()
+    for piece in pieces(tensor):
+        _add(digest, piece)
+    return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, tensor: ir.TensorProtocol) -> None:
     if tensor.dtype == ir.DataType.STRING:
         digest.update(repr([bytes(text) for text in tensor.numpy().reshape(-1)]).encode())
     elif isinstance(tensor, ir.ExternalTensor):
@@ -77,4 +84,3 @@ def _content(tensor: ir.TensorProtocol) -> str:
         array = np.ascontiguousarray(tensor.numpy())
         array = array.astype(array.dtype.newbyteorder("<"), copy=False)
         digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()

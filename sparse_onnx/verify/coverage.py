@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.blocks import blocks
+from sparse_onnx.blocks import neutral_blocks
 from sparse_onnx.verify.metadata import sound_blocks
 from sparse_onnx.verify.routing import Decision
 
@@ -16,7 +16,7 @@ class Coverage:
     """Counts the experts of each sparse block of a model, blocks in subgraphs included."""
 
     def __init__(self, model: ir.Model) -> None:
-        experts = {block.name: block.experts or 0 for block in blocks(model)}
+        experts = {block.name: block.experts or 0 for block in neutral_blocks(model)}
         experts |= {block.name: block.experts or 0 for block in sound_blocks(model)}
         self._hit = {name: np.zeros(count, np.bool_) for name, count in experts.items()}
 

@@ -14,6 +14,7 @@ def extract(
     lowered: LoweredBlock,
     values: Mapping[str, ir.Value],
     types: Sequence[ir.DataType],
+    row: Sequence[int],
 ) -> ir.Model:
     """tokens, expert_index, expert_weight -> output. The block may lie in the body of an If, Loop or Scan, and use
     constants and values of the graphs around it.
@@ -23,6 +24,7 @@ def extract(
         lowered: the block.
         values: of the model by name, as `named_values` gives them.
         types: of the three inputs.
+        row: sizes of one token.
 
     Raises:
         ValueError: something inside the block depends on another input of the model.
@@ -39,9 +41,9 @@ def extract(
         name=lowered.name,
     )
     graph = view.clone()
-    widths = (lowered.hidden, lowered.top_k, lowered.top_k)
-    for value, dtype, width in zip(graph.inputs, types, widths, strict=True):
-        value.type, value.shape = ir.TensorType(dtype), ir.Shape(["T", width])
+    rows = (row, [lowered.top_k], [lowered.top_k])
+    for value, dtype, sizes in zip(graph.inputs, types, rows, strict=True):
+        value.type, value.shape = ir.TensorType(dtype), ir.Shape(["T", *sizes])
     return ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.core.errors import ModelError
+from sparse_onnx.verify.caches import Sizes, cache_sizes
 from sparse_onnx.verify.meaning import lowered_indices, meaning
 
 #: `random`; `one`: every token alike, so that a router sends all of them to the same experts; `zeros`: all scores of
@@ -59,6 +60,7 @@ def cases(model: ir.Model, seed: int = 0, large: bool = True) -> list[Case]:
     """The standard set: several batches and lengths, one token, all tokens to one expert, ties, a realistic size; with
     cached tokens where the model has a cache, and no token at all where its axes allow it."""
     inputs = _inputs(model)
+    fixed = _cache_sizes(model)
     flags = sum(1 for value in inputs if _is_flag(value))
     kinds: list[tuple[Size, Kind, int, bool]] = [(size, "random", 1, False) for size in _SIZES]
     kinds += [(Size(4, 1), "one", 1, False), (Size(2, 9), "one", 1, False)]
@@ -73,7 +75,7 @@ def cases(model: ir.Model, seed: int = 0, large: bool = True) -> list[Case]:
     seen = set()
     for index, (size, kind, repeats, optional) in enumerate(kinds):
         for setting in _settings(flags, index):
-            feeds = _drawn(model, size, kind, seed + index, setting)
+            feeds = _drawn(model, size, kind, seed + index, setting, fixed)
             if size is _EMPTY and all(array.size for array in feeds.values()):
                 continue
             shape = tuple((name, array.shape) for name, array in feeds.items())
@@ -111,17 +113,23 @@ def sized_inputs(
     Raises:
         ModelError: an input without a type or rank, or of a type that cannot be drawn.
     """
-    return _drawn(model, Size(batch, sequence, past), kind, seed, 0)
+    return _drawn(model, Size(batch, sequence, past), kind, seed, 0, _cache_sizes(model))
 
 
-def _drawn(model: ir.Model, size: Size, kind: Kind, seed: int, off: int) -> dict[str, np.ndarray]:
+def _cache_sizes(model: ir.Model) -> Sizes:
+    return cache_sizes(model, lambda fixed: _drawn(model, Size(1, 2), "random", 0, 0, fixed))
+
+
+def _drawn(
+    model: ir.Model, size: Size, kind: Kind, seed: int, off: int, fixed: Sizes
+) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     inputs = _inputs(model)
     rows = not any(_is_sequence_axis(value, axis) for value in inputs for axis in range(1, _rank(value)))
     indices = lowered_indices(model)
     feeds, flag = {}, 0
     for value in inputs:
-        shape = _shape(value, size, rows)
+        shape = _shape(value, size, rows, fixed)
         if _is_flag(value):
             feeds[value.name or ""] = np.full(shape, not off >> flag & 1, np.bool_)
             flag += 1
@@ -177,12 +185,16 @@ def _is_sequence_axis(value: ir.Value, axis: int) -> bool:
     return not isinstance(value.shape[axis], int)
 
 
-def _shape(value: ir.Value, size: Size, rows: bool) -> tuple[int, ...]:
+def _shape(value: ir.Value, size: Size, rows: bool, fixed: Sizes) -> tuple[int, ...]:
     assert value.shape is not None
     shape = []
     for axis, dim in enumerate(value.shape):
         if isinstance(dim, int):
             shape.append(dim)
+            continue
+        known = fixed.get((value.name or "", axis))
+        if known is not None:
+            shape.append(known)
             continue
         name = (dim.value or "").lower()
         if rows and axis == 0:

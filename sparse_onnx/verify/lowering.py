@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
+from sparse_onnx.blocks import attach_functions
+from sparse_onnx.core.errors import SparseOnnxError
 from sparse_onnx.core.report import VerifyRecord
 from sparse_onnx.graph import stats
+from sparse_onnx.targets import session as sessions
 from sparse_onnx.verify.blocks import GROUP_BYTES, compare_blocks
-from sparse_onnx.verify.inputs import cases
+from sparse_onnx.verify.inputs import Case, cases
 from sparse_onnx.verify.whole import compare_whole
 
 #: Largest model that is run whole, twice at once and with prepacked copies of its weights: with that and `GROUP_BYTES`
@@ -30,23 +33,53 @@ def verify_lowering(
     *,
     provider: str = "CPUExecutionProvider",
     progress: Callable[[str], None] | None = None,
-) -> VerifyRecord:
-    """Compares with the original itself where that fits, else block by block with its neutral form.
+) -> tuple[VerifyRecord, str]:
+    """Compares with the original itself where that fits and runs, else with its neutral form.
 
     All three lie in memory, their weights where they were.
+
+    Returns:
+        The comparison, and what must be said of it: why the original was not part of it, or nothing.
     """
     threads = default_threads()
     if stats.weight_bytes(original) <= WHOLE_BYTES:
         # The inputs are the same, and the neutral form shows what functions hide of their meaning.
-        return compare_whole(
-            original,
-            lowered,
-            cases(neutral),
-            threads=threads,
-            provider=provider,
-            progress=progress,
-            neutral=neutral,
+        runs = cases(neutral)
+        reason = ""
+        try:
+            record = compare_whole(
+                original,
+                lowered,
+                runs,
+                threads=threads,
+                provider=provider,
+                progress=progress,
+                neutral=neutral,
+            )
+        except SparseOnnxError:
+            reason = _why_not(original, runs, provider)
+            if not reason or neutral is original:
+                raise
+            runnable = neutral.clone()
+            attach_functions(runnable)
+            record = compare_whole(
+                runnable, lowered, runs, threads=threads, provider=provider, progress=progress
+            )
+        return (
+            record,
+            reason and f"the original does not run on {provider}: {reason}; compared with the neutral form",
         )
-    return compare_blocks(
+    record = compare_blocks(
         neutral, lowered, memory=GROUP_BYTES, threads=threads, provider=provider, progress=progress
     )
+    return record, ""
+
+
+def _why_not(model: ir.Model, runs: Sequence[Case], provider: str) -> str:
+    """Why the provider cannot run the model at all; nothing where it can."""
+    try:
+        session = sessions.create_session(model, threads=default_threads(), provider=provider)
+        sessions.run(session, next(case for case in runs if not case.optional).feeds)
+    except SparseOnnxError as error:
+        return error.message
+    return ""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from sparse_onnx.blocks.combine import is_combine
 from sparse_onnx.blocks.moe import is_neutral
 from sparse_onnx.verify.metadata import sound_blocks
 
@@ -73,6 +74,11 @@ def meaning(value: ir.Value, indices: Mapping[str, int]) -> Meaning:
                     weight.shape[0] for weight in node.inputs[3:] if weight is not None and weight.shape
                 ]
                 experts += [size for size in rows_of[:1] if isinstance(size, int)]
+                continue
+            if is_combine(node) and position == 0:
+                stack = node.inputs[2]
+                count = stack.shape[0] if stack is not None and stack.shape else None
+                experts += [count] if isinstance(count, int) else []
                 continue
             size = _table_rows(node, position)
             if size is not None:

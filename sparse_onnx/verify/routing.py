@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.blocks import blocks
+from sparse_onnx.blocks import neutral_blocks
 from sparse_onnx.blocks.routing import router_scores
 from sparse_onnx.verify.metadata import sound_blocks
 
@@ -44,7 +44,7 @@ def routers(model: ir.Model) -> list[Router]:
     """Routers of the blocks in the main graph, neutral and lowered."""
     values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
     found = []
-    for block in blocks(model):
+    for block in neutral_blocks(model):
         if block.node.graph is model.graph:
             scores = router_scores(block.expert_index)
             name = None if scores is None else scores.name

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.blocks import MoEBlock, blocks, reference
+from sparse_onnx.blocks import MoEBlock, blocks, combine_blocks, reference
 from sparse_onnx.blocks.lowered import LoweredBlock
+from sparse_onnx.blocks.quantized import Quantized, Slices
 from sparse_onnx.blocks.routing import never_dropped
-from sparse_onnx.graph.external import read_array
+from sparse_onnx.graph.stacked import read_slices
+from sparse_onnx.matching.values import size
 from sparse_onnx.targets import session as sessions
 from sparse_onnx.verify.extract import extract
 from sparse_onnx.verify.feeds import Facts, Feeds
@@ -20,6 +24,9 @@ from sparse_onnx.verify.skeleton import Boundary
 
 #: Without prepacking ORT maps the weights and reads an expert's pages only when it runs.
 _MAPPED = {"session.disable_prepacking": "1"}
+
+#: Along an axis of images whose size the graph leaves open.
+_ANY_SIZE = 16
 
 Run = Callable[[Feeds], np.ndarray]
 
@@ -31,9 +38,10 @@ class Blocks:
         self.model = model
         self.values = named_values(model)
         neutral, lowered = blocks(model), sound_blocks(model, self.values)
+        lowered += _called(model, self.values)
         self.neutral = {block.name: block for block in neutral}
         self.lowered = {block.name: block for block in lowered if block.name not in self.neutral}
-        names = [block.name for block in neutral]
+        names = [*(block.name for block in neutral), *(block.name for block in combine_blocks(model))]
         self.ambiguous = next((name for name in names if names.count(name) > 1), None)
 
     @property
@@ -85,12 +93,13 @@ class Side:
 def _neutral(block: MoEBlock) -> Side:
     if not (block.experts and block.top_k and block.hidden):
         raise ValueError("its sizes are not known")
-    tensors = {role: ir.convenience.get_const_tensor(value) for role, value in block.weights.items()}
-    if None in tensors.values():
-        raise ValueError("its weights are not constants")
+    stored = {role: Quantized.of(value) or _constant(value) for role, value in block.weights.items()}
 
     def start() -> Run:
-        weights = {role: read_array(tensor) for role, tensor in tensors.items() if tensor is not None}
+        weights: dict[str, Any] = {
+            role: Slices(weight) if isinstance(weight, Quantized) else read_slices(weight)
+            for role, weight in stored.items()
+        }
 
         def run(feeds: Feeds) -> np.ndarray:
             values = (feeds.tokens, feeds.index, feeds.weight)
@@ -109,6 +118,32 @@ def _neutral(block: MoEBlock) -> Side:
     return Side(facts, (block.inner, block.spec), block.weight_bytes, start)
 
 
+def _constant(value: ir.Value) -> ir.TensorProtocol:
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None:
+        raise ValueError("its weights are not constants")
+    return tensor
+
+
+def _called(model: ir.Model, values: Mapping[str, ir.Value]) -> list[LoweredBlock]:
+    """Neutral blocks whose experts are calls: they run in ORT as they are, every expert on every token."""
+    found = [
+        LoweredBlock.of(block, form="neutral") for block in combine_blocks(model) if block.tokens is not None
+    ]
+    return [
+        block
+        for block in found
+        if {block.tokens, block.expert_index, block.expert_weight, block.output} <= values.keys()
+    ]
+
+
+def _row(block: LoweredBlock, tokens: ir.Value) -> tuple[int, ...]:
+    """Sizes of one token, or image, of which those that nobody knows may be any; none where the rank is not known."""
+    if tokens.shape is None or len(tokens.shape) < 3:
+        return (block.hidden,) if block.hidden else ()
+    return tuple(axis if isinstance(axis, int) else _ANY_SIZE for axis in list(tokens.shape)[1:])
+
+
 def _lowered(
     model: ir.Model,
     block: LoweredBlock,
@@ -118,10 +153,13 @@ def _lowered(
     threads: int,
     provider: str,
 ) -> Side:
-    if not (block.experts and block.top_k and block.hidden):
+    row = _row(block, values[block.tokens])
+    if not (block.experts and block.top_k and row):
         raise ValueError("its sizes are not known")
-    alone = extract(model, block, values, (dtype, ir.DataType.INT64, weight_dtype))
+    alone = extract(model, block, values, (dtype, ir.DataType.INT64, weight_dtype), row)
     names = (block.tokens, block.expert_index, block.expert_weight)
+    # Bodies that are not lowered may fail on no rows at all; that is what their lowering must not do.
+    width = size(values[block.output], -1) if block.form == "neutral" else None
 
     def start() -> Run:
         session = sessions.create_session(
@@ -129,13 +167,15 @@ def _lowered(
         )
 
         def run(feeds: Feeds) -> np.ndarray:
-            arrays = (feeds.tokens, feeds.index, feeds.weight)
+            if width is not None and not len(feeds.tokens):
+                return np.zeros((0, width), dtype.numpy())
+            arrays = (feeds.tokens.reshape(-1, *row), feeds.index, feeds.weight)
             return sessions.run(session, dict(zip(names, arrays, strict=True)), block.name)[0]
 
         return run
 
     drops = not never_dropped(values[block.expert_index], block.experts)
-    facts = Facts(block.experts, block.top_k, block.hidden, dtype, weight_dtype, drops)
+    facts = Facts(block.experts, block.top_k, math.prod(row), dtype, weight_dtype, drops)
     weights = alone.graph.initializers.values()
-    size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
-    return Side(facts, (block.inner, block.activation), size, start)
+    stored = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
+    return Side(facts, (block.inner, block.activation), stored, start)

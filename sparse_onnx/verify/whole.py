@@ -90,7 +90,10 @@ def compare_whole(
     verdict = _Verdict(original.outputs)
     margin, left_out, runs = np.inf, 0, 0
     described = []
+    fatal = any(map(_dies_without_tokens, (reference, candidate)))
     for case in cases:
+        if fatal and not case.size.batch * case.size.sequence:
+            continue
         if progress is not None:
             progress(f"comparing {case.name}")
         try:
@@ -245,3 +248,11 @@ def _near_ties(
     if batch == 0:
         return None, ""
     return flipped(before, candidate(feeds)[1], batch)
+
+
+def _dies_without_tokens(model: ir.Model) -> bool:
+    """Whether ONNX Runtime may end the process, not the run: its Einsum divides by the size of an axis that is summed
+    over, and which of them tokens are, only its inputs' shapes tell."""
+    scopes: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    nodes = (node for scope in scopes for node in scope.all_nodes())
+    return any(node.op_type == "Einsum" and not node.domain for node in nodes)
