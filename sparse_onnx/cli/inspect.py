@@ -16,7 +16,8 @@ from sparse_onnx.cli.output import Output
 def command(model: Path, output: Output) -> None:
     """What is sparse in MODEL: blocks, routers, experts, total and active parameters, and known hazards.
 
-    Also what `optimize` would leave alone, and why. The model is read, never run; weights are not loaded.
+    Also what `optimize` would leave alone, and why. Many equal layers are one row; -v lists each. The model is read,
+    never run; weights are not loaded.
     """
     from sparse_onnx.inspect.api import inspect
 

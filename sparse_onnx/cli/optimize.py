@@ -59,7 +59,9 @@ def parse_passes(texts: tuple[str, ...]) -> dict[str, dict[str, str]]:
     help="Compare with the original after each pass, at the end, or not at all.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be done; nothing is written.")
-@click.option("--explain", is_flag=True, help="Show every refusal, not only the first few.")
+@click.option(
+    "--explain", is_flag=True, help="Show every reason why something is left alone; with -v, every node too."
+)
 @options.reporting
 def command(
     out: Path | None,

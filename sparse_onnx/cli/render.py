@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sparse_onnx.cli.grouped import block_rows, refusal_lines
 from sparse_onnx.cli.text import count, plain, size
 from sparse_onnx.core.report import (
     BenchRecord,
@@ -20,7 +22,7 @@ from sparse_onnx.core.report import (
     tool_versions,
 )
 
-#: Refusals shown without `--explain`.
+#: Reasons shown without `--explain`.
 _FIRST = 3
 
 
@@ -30,12 +32,12 @@ def render(report: Report, out: Console, *, verbose: bool = False, explain: bool
     if report.output is not None:
         line(out, _model("-> ", report.output))
     if report.blocks:
-        _blocks(out, report.blocks)
+        _blocks(out, report.blocks, verbose)
     elif report.command in ("inspect", "optimize", "export"):
-        line(out, "no sparse blocks found")
+        line(out, f"no {'sparse blocks' if report.command == 'inspect' else 'mixture of experts'} found")
     if verbose:
         _passes(out, report)
-    _refusals(out, report.refusals, explain)
+    _refusals(out, report.refusals, explain, verbose)
     if report.verify is not None:
         _verify(out, report.verify, verbose)
     if report.bench is not None:
@@ -79,7 +81,7 @@ def _model(prefix: str, model: ModelRecord) -> str:
     return text
 
 
-def _blocks(out: Console, blocks: list[BlockRecord]) -> None:
+def _blocks(out: Console, blocks: list[BlockRecord], verbose: bool) -> None:
     columns = [
         "block",
         "kind",
@@ -95,13 +97,20 @@ def _blocks(out: Console, blocks: list[BlockRecord]) -> None:
     numbers = ["experts", "top-k", "hidden", "inner", "parameters", "active"]
     rows = [
         (
-            *(block.name, block.kind, block.spelling, block.form, block.router, block.experts, block.top_k),
-            *(block.hidden, block.inner, f"{block.activation}{', gated' if block.gated else ''}"),
+            *(name, block.kind, None if block.spelling == block.kind else block.spelling, block.form),
+            *(block.router, block.experts, block.top_k, block.hidden, block.inner, _activation(block)),
             *(count(block.parameters), count(block.active_parameters)),
         )
-        for block in blocks
+        for name, block in block_rows(blocks, folded=not verbose)
     ]
     table(out, [*columns, "parameters", "active"], rows, right=numbers)
+
+
+def _activation(block: BlockRecord) -> str | None:
+    """Experts that are no two layers have none of their own."""
+    if block.activation:
+        return f"{block.activation}{', gated' if block.gated else ''}"
+    return "any body" if block.kind == "moe" else None
 
 
 def _passes(out: Console, report: Report) -> None:
@@ -119,17 +128,16 @@ def _passes(out: Console, report: Report) -> None:
     table(out, columns, rows, right=columns[2:])
 
 
-def _refusals(out: Console, refusals: list[Refusal], explain: bool) -> None:
+def _refusals(out: Console, refusals: list[Refusal], explain: bool, verbose: bool) -> None:
     if not refusals:
         return
-    shown = refusals if explain else refusals[:_FIRST]
+    reasons = refusal_lines(refusals, every_node=verbose)
+    shown = reasons if explain else reasons[:_FIRST]
     line(out, f"{len(refusals)} left alone:")
-    for refusal in shown:
-        node = f" at {refusal.node}" if refusal.node else ""
-        hint = f" ({refusal.hint})" if refusal.hint else ""
-        line(out, f"  {refusal.by or 'refused'}: {refusal.reason}{node}{hint}")
-    if len(shown) < len(refusals):
-        line(out, f"  ... and {len(refusals) - len(shown)} more; --explain lists them, so does --json")
+    for text in itertools.chain.from_iterable(shown):
+        line(out, f"  {text}")
+    if len(shown) < len(reasons):
+        line(out, f"  ... and {len(reasons) - len(shown)} more reasons; --explain lists them, so does --json")
 
 
 def _verify(out: Console, record: VerifyRecord, verbose: bool) -> None:

@@ -15,45 +15,58 @@ if TYPE_CHECKING:
 
 
 def inspect(path: str | os.PathLike[str]) -> Report:
-    """The sparse blocks of a model, its parameters, total and active for one token, hazards as notes; and what
-    `optimize` would leave alone for its default target, and why, as refusals.
+    """The sparse blocks of a model however they are spelled, its parameters, total and active for one token, hazards
+    as notes; and what `optimize` would leave alone for its default target, and why, as refusals.
 
+    Blocks of a kind other than `moe` are named only: their active parameters depend on the token, and count as active.
     The model is read, never run; external weights are not loaded.
 
     Raises:
         ModelError: unreadable or unsafe.
     """
     from sparse_onnx.graph import io, stats
-    from sparse_onnx.inspect.blocks import block_records
     from sparse_onnx.inspect.hazards import hazards
 
     model = io.load(path)
-    report = Report("inspect", model=stats.record(model, os.fspath(path)), blocks=block_records(model))
+    report = Report("inspect", model=stats.record(model, os.fspath(path)))
     assert report.model is not None
     total = parameter_count(model)
-    idle = sum((block.parameters or 0) - (block.active_parameters or 0) for block in report.blocks)
-    unknown = any(block.parameters is None or block.active_parameters is None for block in report.blocks)
+    report.notes += hazards(model)
+    report.blocks, report.refusals, problem = _recognised(model)
+    if problem:
+        report.notes.append(f"no pass can rewrite this model: {problem}")
+    moe = [block for block in report.blocks if block.kind == "moe"]
+    named = dict.fromkeys(block.kind for block in report.blocks if block.kind != "moe")
+    if named:
+        report.notes.append(f"{', '.join(named)}: named here only, optimize leaves such blocks as they are")
+    idle = sum((block.parameters or 0) - (block.active_parameters or 0) for block in moe)
+    unknown = any(block.parameters is None or block.active_parameters is None for block in moe)
     report.model = dataclasses.replace(
         report.model, parameters=total, active_parameters=None if unknown else total - idle
     )
-    report.notes += hazards(model)
-    try:
-        report.refusals = _refusals(model)
-    except ModelError as error:
-        report.notes.append(f"no pass can rewrite this model: {error.message}")
     return report
 
 
-def _refusals(model: ir.Model) -> list[Refusal]:
-    """What the passes refuse, tried on a copy; weights stay where they are.
-
-    Raises:
-        ModelError: a pass found the model broken.
-    """
+def _recognised(model: ir.Model) -> tuple[list[BlockRecord], list[Refusal], str]:
+    """The blocks that the passes find, what they refuse, and what stopped them; tried on a copy that shares weights."""
     from sparse_onnx import targets
+    from sparse_onnx.inspect.activations import activation_records
+    from sparse_onnx.inspect.blocks import block_records
     from sparse_onnx.optimize import runner
 
-    return runner.run(model.clone(), runner.plan(targets.get("cpu").forms[:1])).refusals
+    tried = model.clone()
+    planned = runner.plan(targets.get("cpu").forms[:1])
+    found = block_records(tried)
+    refusals: list[Refusal] = []
+    try:
+        for phases in (("prepare", "recognise"), ("sparsify", "lower")):
+            steps = [item for item in planned if item.step.phase in phases]
+            refusals += runner.run(tried, steps).refusals
+            if "recognise" in phases:
+                found = block_records(tried) + activation_records(tried)
+    except ModelError as error:
+        return found, refusals, error.message
+    return found, refusals, ""
 
 
 def parameter_count(model: ir.Model) -> int:

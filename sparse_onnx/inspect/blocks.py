@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from sparse_onnx.blocks import MoEBlock, blocks
+from sparse_onnx.blocks import CombineBlock, MoEBlock, neutral_blocks
 from sparse_onnx.blocks.lowered import LoweredBlock, lowered_blocks
 from sparse_onnx.core.report import BlockRecord
 from sparse_onnx.inspect.router import router_name
@@ -12,23 +12,24 @@ from sparse_onnx.inspect.router import router_name
 
 def block_records(model: ir.Model) -> list[BlockRecord]:
     """One record a block: the neutral ones in graph order, then the lowered ones."""
-    neutral = [_neutral(block) for block in blocks(model)]
+    neutral = [_neutral(block) for block in neutral_blocks(model)]
     lowered = lowered_blocks(model)
     values = ir.convenience.create_value_mapping(model.graph) if lowered else {}
     return neutral + [_lowered(block, values) for block in lowered]
 
 
-def _neutral(block: MoEBlock) -> BlockRecord:
+def _neutral(block: MoEBlock | CombineBlock) -> BlockRecord:
+    moe = block if isinstance(block, MoEBlock) else None
     return BlockRecord(
         name=block.name,
         kind="moe",
-        spelling="neutral",
+        spelling=block.spelling,
         experts=block.experts,
         top_k=block.top_k,
         hidden=block.hidden,
-        inner=block.inner,
-        activation=block.spec.name,
-        gated=block.gated,
+        inner=None if moe is None else moe.inner,
+        activation=None if moe is None else moe.spec.name,
+        gated=moe is not None and moe.gated,
         router=router_name(block.expert_index, block.expert_weight),
         form=None,
         parameters=block.parameters,

@@ -142,6 +142,12 @@ def test_indices_that_may_repeat_are(name: str) -> None:
     assert "scatter" in line and "18048" in line
 
 
+@pytest.mark.parametrize("reduction", ["add", "mul", "max", "min"])
+def test_every_reduction_loses_updates(reduction: str) -> None:
+    (line,) = hazards(model(*RISKY["indices from outside"], reduction=reduction))
+    assert f"reduction={reduction}" in line
+
+
 def test_without_a_reduction_there_is_no_hazard() -> None:
     assert hazards(model(*RISKY["indices from outside"], reduction="none")) == []
 
