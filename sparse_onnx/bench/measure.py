@@ -31,7 +31,12 @@ class Contestant:
 
 
 def interleave(
-    contestants: Sequence[Contestant], inputs: int, *, rounds: int | None = None, min_time: float = 1.0
+    contestants: Sequence[Contestant],
+    inputs: int,
+    *,
+    rounds: int | None = None,
+    min_time: float = 1.0,
+    fewest: int = _FEWEST,
 ) -> npt.NDArray[np.float64]:
     """Times every contestant once a round, all on the same input, in an order that changes between rounds.
 
@@ -41,15 +46,16 @@ def interleave(
     Args:
         contestants: at least one.
         inputs: how many inputs there are; round r runs input r modulo this.
-        rounds: how many; None takes as many as `min_time` seconds a contestant allow, 7 to 200.
+        rounds: how many; None takes as many as `min_time` seconds a contestant allow, `fewest` to 200.
         min_time: see `rounds`.
+        fewest: see `rounds`.
 
     Returns:
         Seconds ``[rounds, contestants]``.
     """
     warm = np.array([_warm_up(contestant, inputs) for contestant in contestants])
     if rounds is None:
-        rounds = min(_MOST, max(_FEWEST, math.ceil(min_time * len(contestants) / max(warm.sum(), 1e-9))))
+        rounds = min(_MOST, max(fewest, math.ceil(min_time * len(contestants) / max(warm.sum(), 1e-9))))
     times = np.empty((rounds, len(contestants)))
     collecting = gc.isenabled()
     gc.disable()

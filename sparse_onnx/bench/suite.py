@@ -2,7 +2,10 @@
 
 Every contestant has the same weights and inputs, is checked against torch before anything is timed, and runs
 once in every round of one process. Reported are ratios; absolute times belong to the machine. Needs torch and
-transformers, 5 GB of memory and 3 GB of disk.
+transformers, 8 GB of memory and 5 GB of disk.
+
+Two sections: `rivals`, everything that runs the same layers, and `recognised`, the graphs of other exporters before and
+after `optimize`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparse_onnx.bench import recognised
 from sparse_onnx.bench.tables import markdown, number
 from sparse_onnx.core.errors import SparseOnnxError
 from sparse_onnx.core.report import BenchModel, BenchRow, tool_versions
@@ -42,6 +46,7 @@ DENSE, TRANSFORMERS, FUSED, CONTRIB, EAGER, LIMIT = (
     "read active weights once",
 )
 TOKENS = (1, 8, 64, 256, 1024)
+SECTIONS = RIVALS, RECOGNISED = ("rivals", "recognised")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +209,9 @@ def as_text(result: Result) -> str:
     return f"{result.case}\n\n{markdown(columns, lines)}{footer}\n"
 
 
-def as_json(results: Sequence[Result], threads: int) -> dict[str, Any]:
+def as_json(
+    results: Sequence[Result], threads: int, recognisable: Sequence[recognised.RecognisedCase] = ()
+) -> dict[str, Any]:
     import torch
     import transformers
 
@@ -214,6 +221,7 @@ def as_json(results: Sequence[Result], threads: int) -> dict[str, Any]:
         "tool": {**tool_versions(), "torch": torch.__version__, "transformers": transformers.__version__},
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": threads},
         "results": [dataclasses.asdict(result) for result in results],
+        "recognised": [dataclasses.asdict(result) for result in recognisable],
     }
 
 
@@ -229,32 +237,58 @@ def _processor() -> str:
 @click.option("--tokens", default=",".join(map(str, TOKENS)), show_default=True, help="Token counts.")
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--case", "chosen", type=click.IntRange(min=1), help="Run one case, by its number, not all.")
+@click.option("--only", type=click.Choice(SECTIONS), help="Run one section, not all.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Rounds a token count; default: by time.")
 @click.option(
-    "--min-time", type=float, default=3.0, show_default=True, help="Seconds a contestant and count."
+    "--min-time",
+    type=float,
+    help="Seconds a contestant and count; default: 3, and 1 for the recognised graphs.",
 )
 @click.option("--json", "json_to", type=click.Path(path_type=Path), default="out/bench.json")
 def main(
-    tokens: str, threads: int, chosen: int | None, rounds: int | None, min_time: float, json_to: Path
+    tokens: str,
+    threads: int,
+    chosen: int | None,
+    only: str | None,
+    rounds: int | None,
+    min_time: float | None,
+    json_to: Path,
 ) -> None:
-    """Time relative to sparse-onnx of everything else that runs the same MoE layers, fp32 on CPU."""
+    """Time relative to sparse-onnx of everything else that runs the same MoE layers, fp32 on CPU.
+
+    Then, of other exporters' graphs of these layers, the time of the original relative to what `optimize` made of it.
+    """
     pin_threads(threads, "sparse_onnx.bench.suite", sys.argv[1:])
     from sparse_onnx.bench.layers import CASES
 
     json_to.parent.mkdir(parents=True, exist_ok=True)
     counts = [int(text) for text in tokens.split(",")]
-    results = []
-    for case in CASES if chosen is None else CASES[chosen - 1 : chosen]:
-        with tempfile.TemporaryDirectory(dir=json_to.parent, prefix="bench-") as folder:
+    results: list[Result] = []
+    recognisable: list[recognised.RecognisedCase] = []
+    for section, case in (
+        (section, case)
+        for section in (SECTIONS if only is None else (only,))
+        for case in (CASES if chosen is None else CASES[chosen - 1 : chosen])
+    ):
+        with tempfile.TemporaryDirectory(dir=json_to.parent, prefix="bench-") as name:
+            folder = Path(name)
             try:
-                results.append(
-                    run_case(case, counts, threads, Path(folder), rounds=rounds, min_time=min_time)
-                )
+                if section == RIVALS:
+                    seconds = min_time or 3.0
+                    results.append(run_case(case, counts, threads, folder, rounds=rounds, min_time=seconds))
+                    text = as_text(results[-1])
+                else:
+                    seconds = min_time or 1.0
+                    found = recognised.run_case(
+                        case, counts, threads, folder, rounds=rounds, min_time=seconds
+                    )
+                    recognisable.append(found)
+                    text = recognised.as_text(found)
             except SparseOnnxError as error:
                 raise click.ClickException(str(error)) from error
         gc.collect()
-        click.echo(f"\n{as_text(results[-1])}")
-        json_to.write_text(json.dumps(as_json(results, threads), indent=1) + "\n")
+        click.echo(f"\n{text}")
+        json_to.write_text(json.dumps(as_json(results, threads, recognisable), indent=1) + "\n")
     click.echo(f"written: {json_to}")
 
 
