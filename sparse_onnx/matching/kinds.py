@@ -95,7 +95,10 @@ def _run(steps: tuple[Step, ...], leaves: dict[int, np.ndarray]) -> np.ndarray:
         return leaves[content] if kind == "leaf" else results[content]
 
     for domain, op_type, inputs, attributes in steps:
-        results.append(evaluate(domain, op_type, [value(item) for item in inputs], dict(attributes)))
+        try:
+            results.append(evaluate(domain, op_type, [value(item) for item in inputs], dict(attributes)))
+        except TypeError:  # an attribute or a number of inputs that the operator does not have: nothing known
+            return np.array(np.nan)
     return results[-1]
 
 

@@ -203,11 +203,24 @@ def _shape(value: ir.Value, size: Size, rows: bool, fixed: Sizes) -> tuple[int, 
             shape.append(size.batch)
         elif "total" in name or ("past" in name and "+" in name) or _is_total_mask(value, axis, size):
             shape.append(size.past + size.sequence)
+        elif axis >= 2 and _is_image(value, fixed):
+            shape.append(16 + size.sequence)  # large enough for what convolutions and pools take away
         elif "past" in name or (len(value.shape) == 4 and axis == 2):
             shape.append(size.past)
         else:
             shape.append(size.sequence)
     return tuple(shape)
+
+
+def _is_image(value: ir.Value, fixed: Sizes) -> bool:
+    """``[batch, channels, height, width]`` with open height and width; a cache's last axis is the size of a head."""
+    assert value.shape is not None
+    if len(value.shape) != 4 or not _is_float(value) or _is_past(value):
+        return False
+    open_axes = [
+        not isinstance(value.shape[axis], int) and (value.name or "", axis) not in fixed for axis in range(4)
+    ]
+    return open_axes[2] and open_axes[3]
 
 
 def _is_total_mask(value: ir.Value, axis: int, size: Size) -> bool:

@@ -143,6 +143,10 @@ NOT_EXPERTS = {
         f"{constant('c', 20000)} p = MatMul (x, w) r = Relu (p) h = Min (r, c)",
         "no known activation",
     ),
+    "an attribute that is none": (
+        "p = MatMul (x, w) h = com.microsoft.QuickGelu <alpha = 1.0, slope = 2.0> (p)",
+        "no known activation",
+    ),
     "softmax between": ("p = MatMul (x, w) h = Softmax (p)", "Softmax"),
     "other rows": (
         "e = Exp (x) g = MatMul (x, w) u = MatMul (e, w) s = Sigmoid (g) a = Mul (g, s) h = Mul (a, u)",

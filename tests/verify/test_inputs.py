@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx.parser
 import onnx_ir as ir
 import pytest
 from builders import Shape, layered_model
@@ -128,3 +129,11 @@ def test_positions_stay_inside_their_table() -> None:
         if node.op_type == "Cast":
             node.replace_input_with(0, model.graph.inputs[2])
     assert sized_inputs(model, 1, 40)["position_ids"].max() == 10
+
+
+def test_open_image_sizes_hold_a_convolution_and_are_never_empty() -> None:
+    text = """<ir_version: 9, opset_import: ["": 18]>
+    g (float[B, 3, H, W] x) => (float[B, 3, H, W] y) { y = Relu (x) }"""
+    shapes = [case.feeds["x"].shape for case in cases(ir.from_proto(onnx.parser.parse_model(text)))]
+    assert all(min(shape[2:]) >= 16 for shape in shapes)
+    assert len({shape[2:] for shape in shapes}) > 2
