@@ -175,7 +175,8 @@ def test_an_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_signal_exits_130_without_a_traceback(tmp_path: Path) -> None:
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "import sparse_onnx.inspect.api as api\n"
         "def wait(path):\n"
         "    print('ready', flush=True)\n"
