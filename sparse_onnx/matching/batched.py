@@ -7,9 +7,9 @@ import dataclasses
 import onnx_ir as ir
 
 from sparse_onnx.matching.einsum import two_operands
-from sparse_onnx.matching.linear import MICROSOFT, Linear, Matrix, matrix
+from sparse_onnx.matching.linear import Linear, Matrix, matrix, turns_weight
 from sparse_onnx.matching.slots import rows_behind
-from sparse_onnx.matching.values import attribute, pairs, producer, rank, size, tensor
+from sparse_onnx.matching.values import pairs, producer, rank, size, tensor
 
 
 def batched_linear(value: ir.Value) -> Linear | None:
@@ -46,15 +46,8 @@ def _matmul(node: ir.Node) -> Linear | None:
     x, weight = node.inputs[0], _stored(node.inputs[1])
     if x is None or weight is None or rank(x) != 3 or size(x, 0) in (None, 1):
         return None
-    turned = False
-    if node.op_type == "FusedMatMul":
-        flags = ("transA", "transBatchA", "transBatchB")
-        if node.domain != MICROSOFT or any(attribute(node, flag, 0) for flag in flags):
-            return None
-        if attribute(node, "alpha", 1.0) != 1.0:
-            return None
-        turned = bool(attribute(node, "transB", 0))
-    elif node.domain != "":
+    turned = turns_weight(node)
+    if turned is None:
         return None
     return Linear(x, weight, None, weight.transposed != turned, node)
 

@@ -188,18 +188,21 @@ def _two_dimensional(value: ir.Value | None) -> Matrix | None:
     return found if shape is not None and len(shape) == 2 else None
 
 
-def _matmul(node: ir.Node) -> Linear | None:
-    x, weight = node.inputs[0], _two_dimensional(node.inputs[1])
-    if x is None or weight is None or node.domain not in ("", MICROSOFT):
+def turns_weight(node: ir.Node) -> bool | None:
+    """Whether a MatMul, or ORT's FusedMatMul, multiplies with its second input transposed; None where it does more."""
+    if node.op_type == "MatMul" and node.domain == "":
+        return False
+    if node.op_type != "FusedMatMul" or node.domain != MICROSOFT:
         return None
-    turned = False
-    if node.op_type == "FusedMatMul":
-        flags = ("transA", "transBatchA", "transBatchB")
-        if node.domain != MICROSOFT or any(attribute(node, flag, 0) for flag in flags):
-            return None
-        if attribute(node, "alpha", 1.0) != 1.0:
-            return None
-        turned = bool(attribute(node, "transB", 0))
+    if any(attribute(node, flag, 0) for flag in ("transA", "transBatchA", "transBatchB")):
+        return None
+    return bool(attribute(node, "transB", 0)) if attribute(node, "alpha", 1.0) == 1.0 else None
+
+
+def _matmul(node: ir.Node) -> Linear | None:
+    x, weight, turned = node.inputs[0], _two_dimensional(node.inputs[1]), turns_weight(node)
+    if x is None or weight is None or turned is None:
+        return None
     return Linear(x, weight, None, weight.transposed != turned, node)
 
 

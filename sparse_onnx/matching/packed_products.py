@@ -8,8 +8,7 @@ import onnx_ir as ir
 
 from sparse_onnx.matching.dims import Dims
 from sparse_onnx.matching.einsum import two_operands
-from sparse_onnx.matching.linear import MICROSOFT, Matrix, matrix
-from sparse_onnx.matching.values import attribute
+from sparse_onnx.matching.linear import MICROSOFT, Matrix, matrix, turns_weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +63,8 @@ def _matmul(node: ir.Node, value: ir.Value, dims: Dims) -> Product | None:
         or dimensions is None
     ):
         return None
-    turned = False
-    if node.op_type == "FusedMatMul":
-        flags = ("transA", "transBatchA", "transBatchB")
-        if any(attribute(node, flag, 0) for flag in flags) or attribute(node, "alpha", 1.0) != 1.0:
-            return None
-        turned = bool(attribute(node, "transB", 0))
+    turned = turns_weight(node)
+    if turned is None:
+        return None
     has = (dims.rank(x) or 0) >= 3 and dims.size(x, -3) == dims.size(weight.source, 0)
     return Product(node, x, weight, weight.transposed != turned, 3, 3, has)
