@@ -32,14 +32,12 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from sparse_onnx.blocks import MoEBlock, blocks
+from sparse_onnx.blocks import MoEBlock
 from sparse_onnx.blocks.dispatch import Dispatch, emit_combine, emit_dispatch, emit_pieces, joined
 from sparse_onnx.blocks.expert import emit_hidden
 from sparse_onnx.blocks.expert_weights import ExpertWeights, obstacle
-from sparse_onnx.blocks.lowered import FORM_KEY, NAME_KEY, LoweredBlock, record_lowered
-from sparse_onnx.core.passes import Outcome, Pass
-from sparse_onnx.core.report import Refusal
-from sparse_onnx.graph.build import Emitter, Namespace
+from sparse_onnx.blocks.lowering import Lowering, Problem
+from sparse_onnx.graph.build import Emitter
 
 #: Experts whose activation is computed at once. Measured on ORT 1.32, 2 threads: with 64 experts, groups of 8 take 8 %
 #: off one token (a cold expert costs two nodes instead of five) and nothing off larger batches, whose rows stay in
@@ -48,9 +46,10 @@ _GROUP = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class FuseGating(Pass):
+class FuseGating(Lowering):
     __doc__ = __doc__
     name: ClassVar[str] = "fuse_gating"
+    form: ClassVar[str] = "grouped"
     summary: ClassVar[str] = (
         "gating fused into TopK + GatherND dispatch: each expert runs on its own tokens only"
     )
@@ -59,90 +58,40 @@ class FuseGating(Pass):
         default=True, metadata={"help": "quantized weights may use operators of com.microsoft"}
     )
 
-    def call(self, model: ir.Model) -> Outcome:
-        opset = model.opset_imports.get("", 0)
-        names = Namespace(model)
-        nodes = [block.node for block in blocks(model)]
-        refusals, lowered = [], []
-        for node in nodes:
-            block = MoEBlock.of(node)  # now, since rewriting the block before it may have replaced its tokens
-            assert block is not None
-            reason = _obstacle(block, opset)
-            if reason is None:
-                lowered.append(LoweredBlock.of(block, form="grouped"))
-                for domain in _rewrite(block, opset, names, self.contrib):
-                    model.opset_imports.setdefault(domain, 1)
-            else:
-                text, hint = reason
-                refusals.append(Refusal(f"block '{block.name}': {text}", node.name or "", hint, self.name))
-        record_lowered(model, lowered)
-        return Outcome(model, bool(lowered), len(nodes), len(lowered), tuple(refusals))
+    def problem(self, block: MoEBlock, opset: int) -> Problem | None:
+        found = (obstacle(value, role) for role, value in block.weights.items())
+        return next(filter(None, found), None)
 
+    def rewrite(self, block: MoEBlock, emit: Emitter, opset: int) -> set[str]:
+        node, experts, top_k = block.node, block.experts, block.top_k
+        assert experts is not None and top_k is not None and block.hidden_out is not None
+        dispatch = emit_dispatch(emit, block.expert_index, experts, top_k)
+        pieces = emit_pieces(emit, dispatch, block.tokens)
 
-def _obstacle(block: MoEBlock, opset: int) -> tuple[str, str] | None:
-    """Why the block has to stay as it is, and what to do about it."""
-    if opset < 18:
-        return (
-            f"opset {opset} has no Split and ScatterElements of the needed kind",
-            "export at opset 18 or newer",
+        weights = ExpertWeights(block, emit.names, self.contrib)
+        results: list[ir.Value] = []
+        groups = [range(at, min(at + _GROUP, experts)) for at in range(0, experts, _GROUP)]
+        if len(groups) == 1:
+            groups = [range(expert, expert + 1) for expert in range(experts)]
+        heights = _heights(emit, dispatch, groups)
+        for group, height in zip(groups, heights, strict=True):
+            projected = [
+                joined(emit, [weights.linear(emit, role, expert, pieces[expert]) for expert in group])
+                for role in weights.first_roles
+            ]
+            hidden = emit_hidden(emit, block.spec, projected, block.dtype, opset)
+            own = [hidden] if height is None else emit.ops("Split", (hidden, height), len(group), axis=0)
+            results += [
+                weights.linear(emit, weights.last_role, expert, rows)
+                for expert, rows in zip(group, own, strict=True)
+            ]
+        dropped = pieces[experts] if dispatch.bins > experts else None
+        combined = emit_combine(
+            emit, dispatch, results, block.expert_weight, dropped, block.hidden_out, block.dtype
         )
-    for role, value in block.weights.items():
-        reason = obstacle(value, role)
-        if reason is not None:
-            return reason
-    sizes = {"experts": block.experts, "experts of a token": block.top_k, "outputs": block.hidden_out}
-    for what, size in sizes.items():
-        if not size:
-            known = "zero" if size == 0 else "not known from the graph"
-            return (
-                f"the number of {what} is {known}",
-                "shapes of weights and routing must be static but for the tokens",
-            )
-    if block.expert_weight.dtype is None:
-        return (
-            "the type of expert_weight is not known from the graph",
-            "save the model with its inferred types",
-        )
-    return None
-
-
-def _rewrite(block: MoEBlock, opset: int, names: Namespace, contrib: bool) -> set[str]:
-    """Puts the dispatch in place of the node.
-
-    Returns:
-        Domains of the operators that it uses beside the default one.
-    """
-    node, experts, top_k = block.node, block.experts, block.top_k
-    assert isinstance(node.graph, ir.Graph)
-    assert experts is not None and top_k is not None and block.hidden_out is not None
-    emit = Emitter(node.graph, names, block.name, {NAME_KEY: block.name, FORM_KEY: "grouped"})
-    dispatch = emit_dispatch(emit, block.expert_index, experts, top_k)
-    pieces = emit_pieces(emit, dispatch, block.tokens)
-
-    weights = ExpertWeights(block, names, contrib)
-    results: list[ir.Value] = []
-    groups = [range(at, min(at + _GROUP, experts)) for at in range(0, experts, _GROUP)]
-    if len(groups) == 1:
-        groups = [range(expert, expert + 1) for expert in range(experts)]
-    heights = _heights(emit, dispatch, groups)
-    for group, height in zip(groups, heights, strict=True):
-        projected = [
-            joined(emit, [weights.linear(emit, role, expert, pieces[expert]) for expert in group])
-            for role in weights.first_roles
-        ]
-        hidden = emit_hidden(emit, block.spec, projected, block.dtype, opset)
-        own = [hidden] if height is None else emit.ops("Split", (hidden, height), len(group), axis=0)
-        results += [
-            weights.linear(emit, weights.last_role, expert, rows)
-            for expert, rows in zip(group, own, strict=True)
-        ]
-    dropped = pieces[experts] if dispatch.bins > experts else None
-    combined = emit_combine(
-        emit, dispatch, results, block.expert_weight, dropped, block.hidden_out, block.dtype
-    )
-    emit.replace(node, combined)
-    weights.drop_unused()
-    return weights.domains
+        emit.replace(node, combined)
+        weights.drop_unused()
+        return weights.domains
 
 
 def _heights(emit: Emitter, dispatch: Dispatch, groups: Sequence[range]) -> Sequence[ir.Value | None]:
