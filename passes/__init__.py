@@ -14,13 +14,14 @@ class Step:
     """One step of the pipeline.
 
     `name` is a registered pass, or `onnx_ir:CLASS` of onnx-ir's common passes. `forms` limits a lowering to the
-    targets and blocks that take that form; empty means always.
+    targets and blocks that take that form; empty means always. A step that is `asked` runs only where the user names it.
     """
 
     phase: Phase
     name: str
     reason: str
     forms: tuple[str, ...] = ()
+    asked: bool = False
 
 
 PIPELINE: tuple[Step, ...] = (
@@ -62,8 +63,15 @@ PIPELINE: tuple[Step, ...] = (
         "repair_scatter_add",
         "ORT's sums are wrong where indices repeat, in a block or anywhere else",
     ),
-    Step("lower", "fuse_gating", "neutral blocks into the dispatch that ORT runs best", forms=("grouped",)),
-    Step("lower", "route_experts", "experts of any body, each on its own rows", forms=("grouped",)),
+    Step(
+        "lower",
+        "fuse_gating",
+        "neutral blocks into the dispatch that ORT runs best; behind the forms that fall back on it",
+        forms=("grouped",),
+    ),
+    Step(
+        "lower", "route_experts", "experts of any body, each on its own rows", forms=("grouped", "branched")
+    ),
     Step("finish", "onnx_ir:RemoveUnusedNodesPass", "what only a rewritten block read"),
     Step("finish", "onnx_ir:RemoveUnusedFunctionsPass", "bodies of neutral operators that are all lowered"),
     Step("finish", "onnx_ir:RemoveUnusedOpsetsPass", "the domain of those operators"),

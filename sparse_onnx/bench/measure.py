@@ -22,12 +22,13 @@ class Contestant:
     """Something to time. `run(i)` computes input number i; `settle_s` is waited, untimed, behind each run.
 
     A thread pool that spins while it waits for work takes time from whoever runs next: `settle_s` lets it
-    sleep.
+    sleep. `prepare` is called, untimed, before each run.
     """
 
     name: str
     run: Callable[[int], object]
     settle_s: float = 0.0
+    prepare: Callable[[], object] | None = None
 
 
 def interleave(
@@ -81,6 +82,8 @@ def _warm_up(contestant: Contestant, inputs: int) -> float:
 
 
 def _time(contestant: Contestant, index: int) -> float:
+    if contestant.prepare is not None:
+        contestant.prepare()
     start = time.perf_counter()
     contestant.run(index)
     elapsed = time.perf_counter() - start

@@ -14,7 +14,6 @@ import dataclasses
 import gc
 import json
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from sparse_onnx.bench.tables import markdown, number
 from sparse_onnx.core.errors import SparseOnnxError
 from sparse_onnx.core.report import BenchModel, BenchRow, tool_versions
 from sparse_onnx.export.failure import root_line
+from sparse_onnx.targets import machine
 
 if TYPE_CHECKING:
     import numpy as np
@@ -219,18 +219,10 @@ def as_json(
         "schema": 1,
         "command": "suite",
         "tool": {**tool_versions(), "torch": torch.__version__, "transformers": transformers.__version__},
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": threads},
+        "machine": {"processor": machine.processor(), "cores": os.cpu_count(), "threads": threads},
         "results": [dataclasses.asdict(result) for result in results],
         "recognised": [dataclasses.asdict(result) for result in recognisable],
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 @click.command()

@@ -33,10 +33,24 @@ def parse_passes(texts: tuple[str, ...]) -> dict[str, dict[str, str]]:
 @options.target
 @click.option(
     "--form",
-    type=click.Choice(["auto", "grouped"]),
+    metavar="auto|grouped|branched|gathered|fused|dense",
     default="auto",
     show_default=True,
     help="Execution form of the sparse blocks; auto: the target's profile decides.",
+)
+@click.option("--tune", is_flag=True, help="Measure the forms here and give each block the fastest.")
+@options.tokens("1,64", "Token counts that --tune measures at.")
+@options.threads(None, "Threads that --tune measures with; default: all processors.")
+@click.option(
+    "--tuning",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="With --tune: keep the measurements there, and use those it has; without: let them decide.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["int4", "int8"]),
+    help="Store experts in 4 or 8 bits (lossy); --pass quantize_experts:... for the block size.",
 )
 @click.option(
     "--pass",
@@ -67,6 +81,11 @@ def command(
     out: Path | None,
     target: str,
     form: str,
+    tune: bool,
+    tokens: tuple[int, ...],
+    threads: int | None,
+    tuning: Path | None,
+    quantize: Literal["int4", "int8"] | None,
     passes: tuple[str, ...],
     skip: tuple[str, ...],
     weights: Literal["link", "copy"] | None,
@@ -96,6 +115,11 @@ def command(
             weights=weights or "auto",
             verify=verify,
             dry_run=dry_run,
+            quantize=quantize,
+            tune=tune,
+            tokens=tokens,
+            threads=threads,
+            tuning=tuning,
             progress=progress,
         )
     output.report(report, explain=explain)

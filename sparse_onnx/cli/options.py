@@ -40,6 +40,31 @@ def reporting(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+class TokenCounts(click.ParamType):
+    """`1,64,256` -> (1, 64, 256)."""
+
+    name = "tokens"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            counts = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            counts = ()
+        if not counts or min(counts) < 1:
+            self.fail(f"'{value}' is not a list of positive numbers such as 1,64,256", param, ctx)
+        return counts
+
+
+def tokens(default: str, text: str) -> Callable[[Command], Command]:
+    return click.option(
+        "--tokens", type=TokenCounts(), default=default, show_default=True, metavar="N,N", help=text
+    )
+
+
 def threads(default: int | None, text: str) -> Callable[[Command], Command]:
     return click.option(
         "--threads", type=click.IntRange(min=1), default=default, show_default=default is not None, help=text

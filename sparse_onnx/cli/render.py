@@ -18,6 +18,8 @@ from sparse_onnx.core.report import (
     ModelRecord,
     Refusal,
     Report,
+    TuningRecord,
+    TuningRow,
     VerifyRecord,
     tool_versions,
 )
@@ -38,6 +40,8 @@ def render(report: Report, out: Console, *, verbose: bool = False, explain: bool
     if verbose:
         _passes(out, report)
     _refusals(out, report.refusals, explain, verbose)
+    if report.tuning is not None:
+        _tuning(out, report.tuning)
     if report.verify is not None:
         _verify(out, report.verify, verbose)
     if report.bench is not None:
@@ -154,6 +158,24 @@ def _verify(out: Console, record: VerifyRecord, verbose: bool) -> None:
         line(out, f"  {record.failure}")
     if verbose:
         line(out, f"  inputs: {'; '.join(record.inputs)}")
+
+
+def _tuning(out: Console, record: TuningRecord) -> None:
+    """One line a form: time relative to the default form at each token count."""
+    where = f"read from {record.source}, measured" if record.source else "measured"
+    line(out, f"forms {where} on {record.processor}, {record.threads} threads, relative to the default form:")
+    groups: dict[tuple[str, str], list[TuningRow]] = {}
+    for row in record.rows:
+        groups.setdefault((row.block, row.form), []).append(row)
+    drawn = []
+    for (block, form), rows in groups.items():
+        ratios = {row.tokens: f"{row.ratio_to_default:.2f}" for row in rows}
+        name = f"{block} x {rows[0].blocks}" if rows[0].blocks > 1 else block
+        drawn.append((name, form, *map(ratios.get, record.tokens), "chosen" if rows[0].chosen else None))
+    counts = [f"{count} tokens" if count > 1 else "1 token" for count in record.tokens]
+    table(out, ["block", "form", *counts, ""], drawn, right=counts)
+    for text in record.left_out:
+        line(out, f"  not measured: {text}")
 
 
 def _bench(out: Console, record: BenchRecord) -> None:

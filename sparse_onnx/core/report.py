@@ -121,6 +121,32 @@ class BenchRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class TuningRow:
+    """One form of one kind of block at one token count. `blocks` counts those of the kind; `ratio_to_default` is the
+    median of interleaved runs relative to the target's default form."""
+
+    block: str
+    blocks: int
+    form: str
+    tokens: int
+    median_ms: float
+    ratio_to_default: float
+    chosen: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningRecord:
+    """Forms measured on this machine, or read from `source`; `left_out` has the forms that could not be, and why."""
+
+    tokens: list[int]
+    threads: int
+    processor: str
+    source: str | None
+    rows: list[TuningRow]
+    left_out: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class PlacementRecord:
     provider: str
     nodes: int
@@ -135,6 +161,7 @@ class Report:
     blocks: list[BlockRecord] = dataclasses.field(default_factory=list)
     refusals: list[Refusal] = dataclasses.field(default_factory=list)
     passes: list[PassRecord] = dataclasses.field(default_factory=list)
+    tuning: TuningRecord | None = None
     verify: VerifyRecord | None = None
     bench: BenchRecord | None = None
     placement: list[PlacementRecord] | None = None
@@ -153,6 +180,7 @@ class Report:
             "blocks": [_plain(block) for block in self.blocks],
             "refusals": [refusal.to_json() for refusal in self.refusals],
             "passes": [_plain(record) for record in self.passes],
+            "tuning": _plain(self.tuning),
             "verify": _plain(self.verify),
             "bench": _plain(self.bench),
             "placement": None if self.placement is None else [_plain(record) for record in self.placement],

@@ -21,6 +21,8 @@ from sparse_onnx.graph.slots import Slot, tensor_slots
 from sparse_onnx.graph.text import printable, quoted, root_cause
 
 MAX_PROTO_BYTES = 2**31 - 1  # protobuf's limit for one message
+#: Smaller tensors lie in the graph itself.
+INLINE_BYTES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ def save(
     path: str | os.PathLike[str],
     *,
     weights: Literal["auto", "link", "copy"] = "auto",
-    size_threshold: int = 1024,
+    size_threshold: int = INLINE_BYTES,
 ) -> SavedFiles:
     """Writes the model. At any moment, also after a kill, `path` is the old model whole or the new one whole.
 

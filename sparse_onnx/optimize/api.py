@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
 
 from sparse_onnx import targets
+from sparse_onnx.blocks import neutral_blocks
+from sparse_onnx.blocks.lowering import Form, want
 from sparse_onnx.core.collector import paused
 from sparse_onnx.core.errors import ImpossibleError, UsageError, VerificationError
 from sparse_onnx.core.passes import Outcome
-from sparse_onnx.core.report import PlacementRecord, Report, VerifyRecord
+from sparse_onnx.core.report import PlacementRecord, Report, TuningRecord, VerifyRecord
 from sparse_onnx.graph import io, stats
 from sparse_onnx.graph.annotate import annotate
 from sparse_onnx.graph.save import place
 from sparse_onnx.graph.valid import invalid
 from sparse_onnx.inspect.blocks import block_records
-from sparse_onnx.optimize import runner
-from sparse_onnx.passes import PIPELINE, Phase
+from sparse_onnx.optimize import runner, tuning_file
+from sparse_onnx.optimize.candidates import kinds
+from sparse_onnx.optimize.choose import choose, parse_form
+from sparse_onnx.optimize.tuning_file import TuningFile
+from sparse_onnx.passes import Phase
 from sparse_onnx.passes.repair_scatter_add import RepairScatterAdd
+from sparse_onnx.targets import machine
 from sparse_onnx.verify.lowering import verify_lowering
 
 Verify = Literal["each", "final", "none"]
@@ -39,6 +47,11 @@ def optimize(
     weights: Literal["auto", "link", "copy"] = "auto",
     verify: Verify = "final",
     dry_run: bool = False,
+    quantize: Literal["int4", "int8"] | None = None,
+    tune: bool = False,
+    tokens: Sequence[int] = (1, 64),
+    threads: int | None = None,
+    tuning: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Rewrites a model so that the target neither computes nor reads what is not active.
@@ -53,6 +66,11 @@ def optimize(
         weights: `link` (name the weights where they lie), `copy`, or `auto` (link where possible).
         verify: compare the result with the model in neutral form: once (`final`), after each pass, or not at all.
         dry_run: do everything but write.
+        quantize: store the experts' weights in 4 or 8 bits, a lossy step; its options by the pass `quantize_experts`.
+        tune: measure the forms that the target takes here, and give each block the fastest.
+        tokens: token counts that tuning measures at, all equally important.
+        threads: of the sessions that tuning measures; None takes all processors.
+        tuning: a file of measurements: with `tune` they are kept there, without it they decide.
         progress: called with a line at each step.
 
     Raises:
@@ -66,12 +84,45 @@ def optimize(
     if out is not None:
         place(out)
     profile = targets.get(target)
-    planned = runner.plan(_forms(profile, form), passes, skip)
+    asked = parse_form(form, profile)
+    if asked is not None and (tune or tuning is not None):
+        raise UsageError(f"form '{form}' leaves nothing to tune", "leave out --form, --tune or --tuning")
+    settings = {name: dict(chosen) for name, chosen in (passes or {}).items()}
+    if quantize is not None:
+        settings.setdefault("quantize_experts", {})["bits"] = quantize.removeprefix("int")
+    planned = runner.plan(profile.forms, settings, skip)
+    measured = TuningFile(tuning) if tuning is not None else None
+    if measured is not None and not tune and not measured.entries:
+        raise UsageError(
+            "the tuning file does not exist", "--tune measures and writes it", os.fspath(measured.path)
+        )
     model = io.load(source)
     report = Report("optimize", target=profile.name, model=stats.record(model, os.fspath(source)))
 
     checks = _Checks(verify, profile, source, progress)
-    result = runner.run(model, planned, checks.after, progress, checks.before)
+
+    def before(phase: Phase, model: ir.Model) -> None:
+        if phase == "lower":
+            found: dict[str, Form] = {}
+            if tune or measured is not None:
+                folder = Path(os.path.abspath(out if out is not None else source)).parent
+                report.tuning, found = _tuned(
+                    model,
+                    profile,
+                    planned,
+                    tune,
+                    measured,
+                    tokens,
+                    threads or machine.cores(),
+                    folder,
+                    progress,
+                )
+            report.notes += choose(model, profile, asked, found)
+        checks.before(phase, model)
+
+    result = runner.run(model, planned, checks.after, progress, before)
+    for block in neutral_blocks(model):
+        want(block.node, [])
     report.passes, report.refusals = result.records, result.refusals
     if not result.changed:
         model = io.load(source)
@@ -100,19 +151,54 @@ def optimize(
     return report
 
 
-def _forms(profile: targets.TargetProfile, form: str) -> tuple[str, ...]:
-    if form == "auto":
-        return profile.forms[:1]
-    if form not in profile.forms:
-        known = sorted({name for step in PIPELINE for name in step.forms})
-        if form in known:
-            raise UsageError(f"target '{profile.name}' does not take the form '{form}'", _takes(profile))
-        raise UsageError(f"unknown form '{form}'", _takes(profile))
-    return (form,)
+def _tuned(
+    model: ir.Model,
+    profile: targets.TargetProfile,
+    planned: Sequence[runner.Planned],
+    tune: bool,
+    file: TuningFile | None,
+    tokens: Sequence[int],
+    threads: int,
+    folder: Path,
+    progress: Callable[[str], None] | None,
+) -> tuple[TuningRecord, dict[str, Form]]:
+    """The form of each block, measured here or read from the file."""
+    from sparse_onnx.optimize import tune as tuner
 
-
-def _takes(profile: targets.TargetProfile) -> str:
-    return f"it takes: auto, {', '.join(profile.forms)}"
+    if tune:
+        environment = tuning_file.environment(threads)
+        usable = file is not None and file.fits(environment)
+        found = tuner.measure(
+            model,
+            profile,
+            planned,
+            tokens=tokens,
+            threads=threads,
+            folder=folder,
+            known=lambda kind: file.get(kind, tokens) if file is not None and usable else None,
+            progress=progress,
+        )
+        if file is not None:
+            file.save(found, environment)
+        source = None
+    else:
+        assert file is not None
+        found, source = [], os.fspath(file.path)
+        for kind in kinds(model):
+            entry = file.get(kind)
+            if entry is None:
+                raise UsageError(
+                    f"no measurement of blocks such as '{kind.names[0]}'",
+                    "--tune adds it to the file",
+                    source,
+                )
+            found.append(entry)
+        tokens = sorted({count for item in found for row in item.ratios.values() for count in row})
+        threads = int(file.environment.get("threads", threads))
+    record = tuner.record(found, tokens, threads, source)
+    if file is not None and not tune:
+        record = dataclasses.replace(record, processor=str(file.environment.get("processor", "unknown")))
+    return record, {name: item.chosen for item in found for name in item.kind.names}
 
 
 def _require_dtypes(model: ir.Model, profile: targets.TargetProfile) -> None:

@@ -67,6 +67,8 @@ def plan(
     for step in steps:
         if step.name in skip:
             planned.append(Planned(step, None, "skipped on request"))
+        elif step.asked and step.name not in settings:
+            planned.append(Planned(step, None, "not asked for"))
         elif step.forms and not set(step.forms) & set(forms):
             planned.append(Planned(step, None, f"no block takes the form {' or '.join(step.forms)}"))
         else:

@@ -80,7 +80,7 @@ def test_export_says_that_it_runs_code() -> None:
         (["frobnicate"], "No such command 'frobnicate'"),
         (["inspect"], "Missing argument 'MODEL'"),
         (["inspect", "a.onnx", "--nonsense"], "No such option"),
-        (["optimize", "a", "b", "--form", "dense"], "'dense' is not one of"),
+        (["optimize", "a", "b", "--form", "x"], "unknown form 'x'"),
         (["optimize", "a", "b", "--verify", "maybe"], "'maybe' is not one of"),
         (["optimize", "a", "b", "--pass", "fuse_gating:x"], "is not NAME:option=value"),
         (["bench", "a.onnx", "--tokens", "1,two"], "'1,two' is not a list of positive numbers"),
