@@ -19,6 +19,7 @@ from sparse_onnx.blocks.lowered import FORM_KEY, NAME_KEY, LoweredBlock, record_
 from sparse_onnx.blocks.moe import MoEBlock, blocks
 from sparse_onnx.core.passes import Outcome, Pass, parse_options
 from sparse_onnx.core.report import Refusal
+from sparse_onnx.core.settings import parse_settings
 from sparse_onnx.graph.build import Emitter, Namespace
 
 WANTED_KEY = "sparse_onnx.wanted"
@@ -42,16 +43,8 @@ class Form:
         Raises:
             ValueError: no ``name:option=value,option=value``.
         """
-        name, _, rest = text.partition(":")
-        options = []
-        for setting in filter(None, rest.split(",")):
-            key, equals, value = setting.partition("=")
-            if not (key and equals):
-                raise ValueError(f"'{text}' is not NAME:option=value,option=value")
-            options.append((key, value))
-        if not name:
-            raise ValueError(f"'{text}' names no form")
-        return Form(name, tuple(options))
+        name, options = parse_settings(text)
+        return Form(name, tuple(options.items()))
 
     def __str__(self) -> str:
         options = ",".join(f"{key}={value}" for key, value in self.options)

@@ -9,21 +9,18 @@ import click
 
 from sparse_onnx.cli import options
 from sparse_onnx.cli.output import Output
+from sparse_onnx.core.settings import parse_settings
 
 
 def parse_passes(texts: tuple[str, ...]) -> dict[str, dict[str, str]]:
     """`NAME:option=value,option=value` each -> {NAME: {option: value}}; a NAME given twice adds up."""
     passes: dict[str, dict[str, str]] = {}
     for text in texts:
-        name, _, settings = text.partition(":")
-        chosen = passes.setdefault(name, {})
-        for setting in filter(None, settings.split(",")):
-            option, equals, value = setting.partition("=")
-            if not (name and option and equals):
-                raise click.BadParameter(
-                    f"'{text}' is not NAME:option=value,option=value", param_hint="--pass"
-                )
-            chosen[option] = value
+        try:
+            name, settings = parse_settings(text)
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--pass") from None
+        passes.setdefault(name, {}).update(settings)
     return passes
 
 

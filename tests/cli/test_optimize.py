@@ -38,6 +38,11 @@ def test_defaults(received: dict[str, Any]) -> None:
         "weights": "auto",
         "verify": "final",
         "dry_run": False,
+        "quantize": None,
+        "tune": False,
+        "tokens": (1, 64),
+        "threads": None,
+        "tuning": None,
         "progress": None,
     }
 
@@ -70,6 +75,13 @@ def test_every_option(received: dict[str, Any]) -> None:
     assert received["out"] is None and received["dry_run"] is True and received["progress"] is not None
     assert received["passes"] == {"p": {"x": "1", "y": "2"}, "q": {}} and received["skip"] == ("r", "s")
     assert (received["weights"], received["verify"], received["form"]) == ("copy", "each", "grouped")
+
+
+def test_options_of_tuning(received: dict[str, Any]) -> None:
+    arguments = ["a", "b", "--tune", "--tokens", "1,8", "--threads", "3", "--tuning", "t.json", "-q"]
+    assert CliRunner().invoke(main, ["optimize", *arguments, "--quantize", "int4"]).exit_code == 0
+    assert (received["tune"], received["tokens"], received["threads"]) == (True, (1, 8), 3)
+    assert (received["tuning"], received["quantize"]) == (Path("t.json"), "int4")
 
 
 def test_pass_options_add_up() -> None:

@@ -30,6 +30,7 @@ TOP = [
     "blocks",
     "refusals",
     "passes",
+    "tuning",
     "verify",
     "bench",
 ]
