@@ -58,11 +58,17 @@ PIPELINE: tuple[Step, ...] = (
     Step("recognise", "recognise_expert_loop", "one branch an expert, over the tokens that NonZero finds"),
     Step("recognise", "recognise_dense_mask", "every expert on every token, most of it weighted with zero"),
     Step("recognise", "recognise_gshard", "tokens dispatched into an expert's slots by one-hot products"),
+    Step("sparsify", "adapt_top_k", "fewer experts where the router is sure", asked=True),
+    Step("sparsify", "quantize_experts", "weights of fewer bits, of the blocks found above", asked=True),
     Step(
         "lower",
         "repair_scatter_add",
         "ORT's sums are wrong where indices repeat, in a block or anywhere else",
     ),
+    Step("lower", "fuse_moe_op", "neutral blocks into ORT's own operators", forms=("fused",)),
+    Step("lower", "branch_experts", "experts in branches that a cold one skips", forms=("branched",)),
+    Step("lower", "gather_experts", "weights gathered by slot, for static shapes", forms=("gathered",)),
+    Step("lower", "dense_experts", "every expert on every token, exactly masked", forms=("dense",)),
     Step(
         "lower",
         "fuse_gating",

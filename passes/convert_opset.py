@@ -67,6 +67,8 @@ class ConvertOpset(Pass):
     name: ClassVar[str] = "convert_opset"
     summary: ClassVar[str] = "models of opset 13 to 17 become opset 18"
 
+    oldest: int = dataclasses.field(default=_NEEDED, metadata={"help": "opset that older models become"})
+
     def call(self, model: ir.Model) -> Outcome:
         bodies: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
         versions = [body.opset_imports[""] for body in bodies if "" in body.opset_imports]
@@ -75,7 +77,7 @@ class ConvertOpset(Pass):
         quantized = any(
             node.domain == "com.microsoft" and node.op_type == "QMoE" for node in model.graph.all_nodes()
         )
-        target = max(*versions, _QUANTIZED if quantized else _NEEDED)
+        target = max(*versions, self.oldest, _QUANTIZED if quantized else 0)
         if min(versions) == target:
             return Outcome(model, False)
         refusal = _obstacle(bodies, target)

@@ -19,9 +19,13 @@ bodies. Function bodies are inlined before this pass.
 
 Quantized weights (outputs of DequantizeLinear) stay quantized: each expert multiplies by its own integers and scales
 with com.microsoft::MatMulNBits (unsigned, 2, 4 or 8 bits, blocks along the inputs of whole multiples of 16), at full
-accuracy; by DequantizeLinear and Gemm where that operator cannot express them, or where `contrib` is off.
+accuracy; by DequantizeLinear and Gemm where that operator cannot express them, or where `contrib` is off. In blocks
+whose activations a lossy step allowed to be rounded, the operator rounds them to 8 bits (accuracy level 4), or with
+`product=dynamic` com.microsoft::DynamicQuantizeMatMul does, which is the fastest product for many tokens and rounds
+all tokens of an expert alike: what a token gets then depends on the other tokens.
 
-Refused: weights that are not constants of the model; numbers of experts that the graph does not tell; opsets below 18.
+Refused: weights that are not constants of the model; numbers of experts that the graph does not tell; opsets below 18;
+`product=dynamic` where activations must stay as they are, or weights are not symmetric 8-bit rows of float32 scales.
 """
 
 from __future__ import annotations
@@ -33,11 +37,14 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from sparse_onnx.blocks import MoEBlock
-from sparse_onnx.blocks.dispatch import Dispatch, emit_combine, emit_dispatch, emit_pieces, joined
-from sparse_onnx.blocks.expert import emit_hidden
-from sparse_onnx.blocks.expert_weights import ExpertWeights, obstacle
+from sparse_onnx.blocks.dispatch import emit_combine, emit_dispatch, emit_pieces
+from sparse_onnx.blocks.expert_group import emit_group, emit_heights, groups_of
+from sparse_onnx.blocks.expert_weights import ExpertWeights, not_dynamic, obstacle
 from sparse_onnx.blocks.lowering import Lowering, Problem
+from sparse_onnx.core.errors import UsageError
 from sparse_onnx.graph.build import Emitter
+
+PRODUCTS = ("nbits", "dynamic")
 
 #: Experts whose activation is computed at once. Measured on ORT 1.32, 2 threads: with 64 experts, groups of 8 take 8 %
 #: off one token (a cold expert costs two nodes instead of five) and nothing off larger batches, whose rows stay in
@@ -58,9 +65,27 @@ class FuseGating(Lowering):
         default=True, metadata={"help": "quantized weights may use operators of com.microsoft"}
     )
 
+    product: str = dataclasses.field(
+        default="nbits",
+        metadata={"help": "of quantized weights: nbits or dynamic (8-bit rows, rounds activations)"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.product not in PRODUCTS:
+            raise UsageError(
+                f"pass '{self.name}': product={self.product} is not one of {', '.join(PRODUCTS)}"
+            )
+
+    @property
+    def label(self) -> str:
+        return self.form if self.product == "nbits" else f"{self.form}:product={self.product}"
+
     def problem(self, block: MoEBlock, opset: int) -> Problem | None:
         found = (obstacle(value, role) for role, value in block.weights.items())
-        return next(filter(None, found), None)
+        problem = next(filter(None, found), None)
+        if problem is None and self.product == "dynamic":
+            problem = not_dynamic(block) if self.contrib else ("the integer product is off", "contrib=true")
+        return problem
 
     def rewrite(self, block: MoEBlock, emit: Emitter, opset: int) -> set[str]:
         node, experts, top_k = block.node, block.experts, block.top_k
@@ -68,23 +93,15 @@ class FuseGating(Lowering):
         dispatch = emit_dispatch(emit, block.expert_index, experts, top_k)
         pieces = emit_pieces(emit, dispatch, block.tokens)
 
-        weights = ExpertWeights(block, emit.names, self.contrib)
+        weights = ExpertWeights(block, emit.names, self.contrib, integer=self.product == "dynamic")
         results: list[ir.Value] = []
-        groups = [range(at, min(at + _GROUP, experts)) for at in range(0, experts, _GROUP)]
-        if len(groups) == 1:
-            groups = [range(expert, expert + 1) for expert in range(experts)]
-        heights = _heights(emit, dispatch, groups)
+        groups = groups_of(experts, _GROUP if experts > _GROUP else 1)
+        heights: Sequence[ir.Value | None] = [None] * experts
+        if len(groups) < experts:
+            heights = emit_heights(emit, dispatch, groups)
         for group, height in zip(groups, heights, strict=True):
-            projected = [
-                joined(emit, [weights.linear(emit, role, expert, pieces[expert]) for expert in group])
-                for role in weights.first_roles
-            ]
-            hidden = emit_hidden(emit, block.spec, projected, block.dtype, opset)
-            own = [hidden] if height is None else emit.ops("Split", (hidden, height), len(group), axis=0)
-            results += [
-                weights.linear(emit, weights.last_role, expert, rows)
-                for expert, rows in zip(group, own, strict=True)
-            ]
+            own = pieces[group.start : group.stop]
+            results += emit_group(emit, weights, group, own, height, opset)
         dropped = pieces[experts] if dispatch.bins > experts else None
         combined = emit_combine(
             emit, dispatch, results, block.expert_weight, dropped, block.hidden_out, block.dtype
@@ -92,13 +109,3 @@ class FuseGating(Lowering):
         emit.replace(node, combined)
         weights.drop_unused()
         return weights.domains
-
-
-def _heights(emit: Emitter, dispatch: Dispatch, groups: Sequence[range]) -> Sequence[ir.Value | None]:
-    """Rows of each expert of a group `[len(group)]`; None for groups of one."""
-    if len(groups[0]) == 1:
-        return [None] * len(groups)
-    lengths = [len(group) for group in groups]
-    if dispatch.bins > sum(lengths):
-        lengths.append(dispatch.bins - sum(lengths))
-    return emit.ops("Split", (dispatch.sizes, emit.ints(*lengths)), len(lengths), axis=0)[: len(groups)]

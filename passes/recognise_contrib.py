@@ -23,7 +23,7 @@ shapes and types that do not fit, floating-point or mixed quantization, weights 
 normalize_routing_weights, whose meaning depends on the provider; and QMoE whose CPU kernel rounds activations to 8 bits
 (accuracy_level 4, and 8-bit weights in blocks), about 1 % off what exact arithmetic gives. 2-bit and 8-bit weights are
 left to the operator unless `any_width` is set: at full accuracy every other form on CPU is many times slower.
-Enters If, Loop and Scan bodies. Functions were inlined before.
+Nodes that this tool made itself are left in silence. Enters If, Loop and Scan bodies. Functions were inlined before.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.blocks import make_node
+from sparse_onnx.blocks.lowered import FORM_KEY
 from sparse_onnx.blocks.moe import SPELLING_KEY
 from sparse_onnx.core.passes import Outcome, Pass
 from sparse_onnx.graph.build import Emitter, Namespace
@@ -91,7 +92,9 @@ class RecogniseContrib(Pass):
 
 
 def _is_contrib(node: ir.Node) -> bool:
-    return node.domain == "com.microsoft" and node.op_type in ("MoE", "QMoE") and not node.overload
+    if node.domain != "com.microsoft" or node.op_type not in ("MoE", "QMoE") or node.overload:
+        return False
+    return FORM_KEY not in node.metadata_props
 
 
 def _lift(found: Contrib, shop: Workshop) -> None:
@@ -205,6 +208,8 @@ def _zero_points(found: Contrib, projection: str, grid: tuple[int, ...], name: s
     assert held is not None
     # Rows of zero points begin with a byte; with one a row, so do those of an expert.
     experts, rows, blocks = grid
+    if each == 1 or (len(held.shape) == 3 and blocks % each == 0):
+        return retyped(held, dtype, grid, name)
     stored = read_array(held)
     lines = (experts, rows) if stored.ndim == 2 else (experts, rows, blocks)
     apart = stored[..., None] >> (np.arange(each, dtype=np.uint8) * bits) & (1 << bits) - 1

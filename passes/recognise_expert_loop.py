@@ -25,8 +25,9 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from sparse_onnx.blocks.lowered import FORM_KEY
 from sparse_onnx.core.passes import Outcome, Pass
-from sparse_onnx.matching.accumulate import totals
+from sparse_onnx.matching.accumulate import Total, totals
 from sparse_onnx.matching.block import Workshop
 from sparse_onnx.matching.choice import Choices
 from sparse_onnx.matching.dims import Dims
@@ -48,7 +49,7 @@ class RecogniseExpertLoop(Pass):
             if not any(node.op_type == "NonZero" for node in graph):
                 continue
             reader = HitReader(Choices(), Dims(graph))
-            found = [total for total in totals(graph, reader) if looks_like(total)]
+            found = [total for total in totals(graph, reader) if looks_like(total) and not _ours(total)]
             matched += len(found)
             before = len(shop.refusals)
             # Last first: a later block may read what the node of an earlier one takes the place of.
@@ -56,3 +57,9 @@ class RecogniseExpertLoop(Pass):
                 lift(total, reader, shop)
             shop.refusals[before:] = reversed(shop.refusals[before:])
         return shop.outcome(matched)
+
+
+def _ours(total: Total) -> bool:
+    """Whether this tool's own lowering made the sum."""
+    node = total.value.producer()
+    return node is not None and FORM_KEY in node.metadata_props

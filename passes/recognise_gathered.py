@@ -27,6 +27,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.blocks.lowered import FORM_KEY
 from sparse_onnx.core.passes import Outcome, Pass
 from sparse_onnx.graph.build import Emitter
 from sparse_onnx.matching.block import Found, Workshop, commit
@@ -61,7 +62,13 @@ class RecogniseGathered(Pass):
 def _recognise(graph: ir.Graph | ir.Function, shop: Workshop) -> None:
     """Products from the last to the first: the first one of a block that comes up is its last layer."""
     reader, dims = SlotReader(), Dims()
-    products = [node for node in graph if node.op_type in _PRODUCTS and reader.product(node.outputs[0])]
+    products = [
+        node
+        for node in graph
+        if node.op_type in _PRODUCTS
+        and FORM_KEY not in node.metadata_props
+        and reader.product(node.outputs[0])
+    ]
     claimed: set[ir.Node] = set()
     for node in reversed(products):
         if node in claimed or node.graph is None:

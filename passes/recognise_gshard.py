@@ -31,6 +31,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.blocks.lowered import FORM_KEY
 from sparse_onnx.core.passes import Outcome, Pass
 from sparse_onnx.graph.build import Emitter
 from sparse_onnx.matching.batched import batched_linear
@@ -61,7 +62,8 @@ class RecogniseGShard(Pass):
         shop, dims = Workshop(model, self.name), Dims()
         for graph in list(model.graphs()):
             for node in [node for node in graph if node.domain == "" and node.op_type == "Einsum"]:
-                anchor = _anchor(node) if node.graph is not None else None
+                known = node.graph is None or FORM_KEY in node.metadata_props
+                anchor = None if known else _anchor(node)
                 if anchor is None:
                     continue
                 try:

@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.blocks.routing import never_dropped
+from sparse_onnx.blocks.weighted_sum import emit_kept_weight, emit_weighted_sum
 from sparse_onnx.graph.build import Emitter
 
 
@@ -86,32 +87,18 @@ def emit_combine(
         hidden_out: D_out, or a vector ``[1]`` that holds it.
         dtype: of the results.
     """
-    weight_dtype = expert_weight.dtype
-    assert weight_dtype is not None
+    assert expert_weight.dtype is not None
     if dropped is not None:
         # Not the piece times zero: a dropped token may hold an infinity, and a dropped slot's weight may too.
         height = emit.op("Shape", dropped, start=0, end=1)
         shape = emit.op("Concat", height, _vector(emit, hidden_out), axis=0)
         results = [*results, emit.op("Expand", emit.scalar(0.0, dtype), shape)]
-        kept = emit.op("Less", dispatch.expert_index, emit.constant(np.asarray(dispatch.experts, np.int64)))
-        expert_weight = emit.op("Where", kept, expert_weight, emit.scalar(0.0, weight_dtype))
+        expert_weight = emit_kept_weight(emit, dispatch.expert_index, expert_weight, dispatch.experts)
     sorted_out = joined(emit, results)
 
     inverse = emit.ops("TopK", (dispatch.order, dispatch.count), 2, axis=0, largest=0, sorted=1)[1]
     by_slot = emit.op("GatherND", sorted_out, emit.op("Unsqueeze", inverse, emit.ints(-1)))
-    if weight_dtype != dtype:
-        by_slot = emit.op("Cast", by_slot, to=weight_dtype)
-    if dispatch.top_k == 1:
-        combined = emit.op("Mul", by_slot, expert_weight)
-    else:
-        if isinstance(hidden_out, int):
-            shape = emit.ints(-1, dispatch.top_k, hidden_out)
-        else:
-            shape = emit.op("Concat", emit.ints(-1, dispatch.top_k), hidden_out, axis=0)
-        by_token = emit.op("Reshape", by_slot, shape)
-        row = emit.op("Unsqueeze", expert_weight, emit.ints(1))
-        combined = emit.op("Squeeze", emit.op("MatMul", row, by_token), emit.ints(1))
-    return emit.op("Cast", combined, to=dtype) if weight_dtype != dtype else combined
+    return emit_weighted_sum(emit, by_slot, expert_weight, dispatch.top_k, hidden_out, dtype)
 
 
 def _vector(emit: Emitter, size: int | ir.Value) -> ir.Value:

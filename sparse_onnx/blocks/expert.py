@@ -32,6 +32,7 @@ def emit_hidden(
     projected: Sequence[ir.Value],
     dtype: ir.DataType,
     opset: int,
+    axis: int = -1,
 ) -> ir.Value:
     """What lies between an expert's first and last matrix: `[n, N1] -> [n, I]`, row by row alike for all experts.
 
@@ -41,16 +42,17 @@ def emit_hidden(
         projected: fc1's output, or (gate's, up's) when they are stored apart; n may be 0.
         dtype: of the rows.
         opset: of the graph's default domain; it decides whether there is a Gelu operator.
+        axis: of the features, where `projected` has more axes or another order of them.
     """
     if len(projected) == 2:
         return _gated(emit, spec, projected[0], projected[1], dtype, opset)
     if spec.gate_layout == GateLayout.CONCATENATED:
-        gate, up = emit.ops("Split", projected, 2, axis=-1, num_outputs=2)
+        gate, up = emit.ops("Split", projected, 2, axis=axis, num_outputs=2)
         return _gated(emit, spec, gate, up, dtype, opset)
     if spec.gate_layout == GateLayout.INTERLEAVED:
-        end, axis, step = emit.ints(2**62), emit.ints(1), emit.ints(2)
-        gate = emit.op("Slice", projected[0], emit.ints(0), end, axis, step)
-        up = emit.op("Slice", projected[0], emit.ints(1), end, axis, step)
+        end, axes, step = emit.ints(2**62), emit.ints(axis), emit.ints(2)
+        gate = emit.op("Slice", projected[0], emit.ints(0), end, axes, step)
+        up = emit.op("Slice", projected[0], emit.ints(1), end, axes, step)
         return _gated(emit, spec, gate, up, dtype, opset)
     return emit_activation(emit, spec, projected[0], dtype, opset)
 

@@ -2,7 +2,8 @@
 
 Quantized weights stay as they are stored: an expert gets its range of the integers and its scales, and multiplies by
 com.microsoft::MatMulNBits where that can express them, else by DequantizeLinear and Gemm. The latter turns the weights
-of experts without tokens into numbers too, at every run.
+of experts without tokens into numbers too, at every run. Where a lossy step allowed it, MatMulNBits rounds activations
+to 8 bits, or the product is DynamicQuantizeMatMul, which does so for all rows of an expert at once.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from typing import Any
 
 import onnx_ir as ir
 
+from sparse_onnx.blocks import dynamic
 from sparse_onnx.blocks.expert import Linear, emit_linear
+from sparse_onnx.blocks.lowering import rounds_activations
 from sparse_onnx.blocks.moe import MoEBlock, is_zero
-from sparse_onnx.blocks.nbits import DOMAIN, NBits, block_size, emit_nbits
+from sparse_onnx.blocks.nbits import DOMAIN, EXACT, ROUNDED, NBits, block_size, emit_nbits
 from sparse_onnx.blocks.quantized import Quantized
 from sparse_onnx.blocks.spec import WeightLayout
 from sparse_onnx.graph.build import Emitter, Namespace
@@ -40,6 +43,20 @@ def obstacle(value: ir.Value, role: str) -> tuple[str, str] | None:
     return None
 
 
+def not_dynamic(block: MoEBlock) -> tuple[str, str] | None:
+    """Why a block's products cannot be DynamicQuantizeMatMul, and what to do about it; None where they can."""
+    if not rounds_activations(block):
+        return "the integer product rounds activations", "ask for it with --quantize int8"
+    if block.spec.weight_layout != WeightLayout.OUT_IN:
+        return "its weights are not rows of inputs", "quantize them with --quantize int8"
+    for role in block.spec.roles:
+        weight = Quantized.of(block.weights[role])
+        reason = f"{role} is not quantized" if weight is None else dynamic.obstacle(weight)
+        if reason:
+            return f"the integer product does not take it: {reason}", "quantize with --quantize int8"
+    return None
+
+
 class ExpertWeights:
     """The experts of one block. Their matrices become initializers of the graph that holds the packed ones.
 
@@ -47,10 +64,14 @@ class ExpertWeights:
         block: whose weights have no `obstacle`.
         names: of the model.
         contrib: whether operators of ONNX Runtime may be used.
+        integer: products by DynamicQuantizeMatMul; the block is none of `not_dynamic`.
     """
 
-    def __init__(self, block: MoEBlock, names: Namespace, contrib: bool = True) -> None:
-        self.block, self.names, self.contrib = block, names, contrib
+    def __init__(
+        self, block: MoEBlock, names: Namespace, contrib: bool = True, integer: bool = False
+    ) -> None:
+        self.block, self.names, self.contrib, self.integer = block, names, contrib, integer
+        self.accuracy = ROUNDED if rounds_activations(block) else EXACT
         self.first_roles = block.spec.roles[:-1]
         self.last_role = block.spec.roles[-1]
         self.domains: set[str] = set()
@@ -65,11 +86,20 @@ class ExpertWeights:
         if weight is None:
             return emit_linear(emit, self.block.spec, rows, Linear(self._slice(value, expert), bias))
         part = weight.part(expert, f"{value.name}.{expert}")
-        out_in = self.block.spec.weight_layout == WeightLayout.OUT_IN
-        if self.contrib and out_in and part.dtype == self.block.dtype and block_size(part) is not None:
+        if self.integer:
+            self.domains.add(DOMAIN)
+            turned = dynamic.Rows.of(part)
+            data = self._put(value, expert, "rows", turned.data)
+            scales = self._put(value, expert, "row_scales", turned.scales)
+            return dynamic.emit_dynamic(emit, rows, data, scales, bias)
+        if self.block.spec.weight_layout == WeightLayout.IN_OUT:
+            part = part.turned()
+        if self.contrib and part.dtype == self.block.dtype and block_size(part) is not None:
             return self._product(emit, value, expert, part, rows, bias)
-        matrix = self._dequantized(emit, value, expert, part)
-        return emit_linear(emit, self.block.spec, rows, Linear(matrix, bias))
+        # Of a dequantized matrix that is not turned ORT makes MatMulNBits, which then rounds activations to 8 bits
+        # (session option session.qdq_matmulnbits_accuracy_level, 4 by default).
+        inputs = [rows, self._dequantized(emit, value, expert, part)]
+        return emit.op("Gemm", *inputs, *([] if bias is None else [bias]), transB=1)
 
     def _product(
         self,
@@ -88,7 +118,7 @@ class ExpertWeights:
         points = None
         if stored.zero_points is not None:
             points = self._put(value, expert, "zero_points", stored.zero_points)
-        return emit_nbits(emit, rows, data, scales, points, bias, stored)
+        return emit_nbits(emit, rows, data, scales, points, bias, stored, self.accuracy)
 
     def _dequantized(self, emit: Emitter, value: ir.Value, expert: int, part: Quantized) -> ir.Value:
         inputs = [self._put(value, expert, "data", part.data), self._put(value, expert, "scale", part.scale)]

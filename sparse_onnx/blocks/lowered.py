@@ -24,7 +24,8 @@ __all__ = ["BLOCKS_KEY", "FORM_KEY", "NAME_KEY", "LoweredBlock", "lowered_blocks
 
 @dataclasses.dataclass(frozen=True)
 class LoweredBlock:
-    """Shape of the block and the names of its values at the boundary. `scores` is what its router's TopK reads."""
+    """Shape of the block and the names of its values at the boundary. `scores` is what its router's TopK reads;
+    `activations` says how its kernels round them, as in `rounding`, None if not at all."""
 
     name: str
     kind: str
@@ -43,6 +44,7 @@ class LoweredBlock:
     expert_weight: str
     output: str
     scores: str | None
+    activations: str | None = None
 
     @staticmethod
     def of(block: MoEBlock | CombineBlock, form: str) -> LoweredBlock:

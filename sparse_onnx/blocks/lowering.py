@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from sparse_onnx.blocks.lowered import FORM_KEY, NAME_KEY, LoweredBlock, record_lowered
 from sparse_onnx.blocks.moe import MoEBlock, blocks
+from sparse_onnx.blocks.rounding import rounding
 from sparse_onnx.core.passes import Outcome, Pass, parse_options
 from sparse_onnx.core.report import Refusal
 from sparse_onnx.core.settings import parse_settings
@@ -109,6 +110,7 @@ class Lowering(Pass):
             emit = Emitter(node.graph, names, block.name, {NAME_KEY: block.name, FORM_KEY: own.label})
             for domain in own.rewrite(block, emit, version):
                 model.opset_imports.setdefault(domain, 1)
+            lowered[-1] = dataclasses.replace(lowered[-1], activations=rounding(emit.nodes))
         record_lowered(model, lowered)
         return Outcome(model, bool(lowered), len(nodes), len(lowered), tuple(refusals))
 

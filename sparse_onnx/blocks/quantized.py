@@ -13,7 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.graph.external import read_array, slice_first_axis
+from sparse_onnx.graph.stacked import transpose
 
+#: Elements that are turned into numbers at once.
+_CHUNK = 1 << 20
 #: Types that DequantizeLinear takes and that hold small integers.
 _INTEGERS = frozenset(
     {
@@ -91,19 +94,44 @@ class Quantized:
         zero = None if self.zero_point is None else _sliced(self.zero_point, index, f"{name}.zero_point")
         return Quantized(data, scale, zero, max(0, self.axis - 1), self.block, self.dtype)
 
-    def dequantized(self) -> np.ndarray:
-        """As numbers of type `dtype`, computed in float32."""
-        numbers = read_array(self.data).astype(np.float32)
-        if self.zero_point is not None:
-            numbers = numbers - self._spread(read_array(self.zero_point)).astype(np.float32)
-        return (numbers * self._spread(read_array(self.scale)).astype(np.float32)).astype(self.dtype.numpy())
-
-    def _spread(self, parameter: np.ndarray) -> np.ndarray:
+    def turned(self) -> Quantized:
+        """A matrix ``[A, B]`` as ``[B, A]``, turned when it is read."""
+        name = self.data.name or ""
+        parameters = [self.scale, self.zero_point]
         if self.block:
-            return np.repeat(parameter, self.block, self.axis).take(range(self.shape[self.axis]), self.axis)
-        if parameter.size == 1:
+            parameters = [None if item is None else transpose(item, item.name or name) for item in parameters]
+        scale, zero = parameters
+        assert scale is not None
+        axis = self.axis if len(self.scale.shape) == 0 else 1 - self.axis
+        return dataclasses.replace(
+            self, data=transpose(self.data, name), scale=scale, zero_point=zero, axis=axis, values=()
+        )
+
+    def dequantized(self) -> np.ndarray:
+        """As numbers of type `dtype`, computed in float32, some rows at a time."""
+        data, scale = read_array(self.data), read_array(self.scale)
+        points = None if self.zero_point is None else read_array(self.zero_point)
+        result = np.empty(self.shape, self.dtype.numpy())
+        step = max(1, _CHUNK // max(1, math.prod(self.shape[1:])))
+        for start in range(0, self.shape[0], step):
+            rows = np.arange(start, min(start + step, self.shape[0]))
+            numbers = data[start : start + step].astype(np.float32)
+            if points is not None:
+                numbers -= self._spread(points, rows)
+            result[rows] = numbers * self._spread(scale, rows)
+        return result
+
+    def _spread(self, parameter: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """What belongs to these rows of the data, in a shape that goes with theirs."""
+        parameter = parameter.astype(np.float32)
+        if not self.block and parameter.size == 1:
             return parameter.reshape(())
-        return parameter.reshape([-1 if at == self.axis else 1 for at in range(len(self.shape))])
+        if self.block:
+            along = rows if self.axis == 0 else np.arange(self.shape[self.axis])
+            spread = parameter.take(along // self.block, self.axis)
+            return spread if self.axis == 0 else spread[rows]
+        spread = parameter.reshape([-1 if at == self.axis else 1 for at in range(len(self.shape))])
+        return spread[rows] if self.axis == 0 else spread
 
 
 class Slices:

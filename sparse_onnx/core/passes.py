@@ -18,11 +18,12 @@ from sparse_onnx.core.report import Refusal
 
 @dataclasses.dataclass
 class Outcome(ir.passes.PassResult):
-    """Result of a pass."""
+    """Result of a pass. `notes` are what else its user must know, such as what a lossy pass lost."""
 
     matched: int = 0
     rewritten: int = 0
     refusals: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,8 @@ MAX_RANK = 64  # numpy's
 
 _NUMBER = re.compile(r"[0-9]{1,19}")
 _KEYS = ("location", "offset", "length", "checksum", "basepath")
+_PREPACKED = "prepacked"
+_PACKED_RANGES = re.compile(r"[^|]+((?:\|[0-9]{1,19};[1-9][0-9]{0,18};[^;|]*)+)")
 
 
 def check_model(proto: onnx.ModelProto, folder: str) -> dict[str, DataFile]:
@@ -153,6 +155,7 @@ class _Checker:
             return
         if dtype == ir.DataType.STRING:
             raise ModelError(f"string tensor {quoted(tensor.name)} has external data", DAMAGED)
+        packed = _packed_ranges(tensor)
         info = _external_info(tensor)
         location = info.get("location", "")
         if location not in self.files:
@@ -165,7 +168,8 @@ class _Checker:
                 f"tensor {quoted(tensor.name)} gives {length} bytes of external data, but needs {needed}",
                 DAMAGED,
             )
-        check_range(tensor.name, start, needed, location, self.files[location].size)
+        for first, count in ((start, needed), *packed):
+            check_range(tensor.name, first, count, location, self.files[location].size)
 
 
 def _nbytes(size: int, dtype: ir.DataType) -> int:
@@ -244,11 +248,28 @@ def _size(tensor: onnx.TensorProto) -> int:
     return math.prod(tensor.dims)
 
 
+def _packed_ranges(tensor: onnx.TensorProto) -> list[tuple[int, int]]:
+    """First byte and length of what ORT packed of the tensor for its kernels: `OPERATOR+HASH|offset;length;checksum...`.
+
+    ORT checks the file's length only, and before 1.32 not what it finds there.
+    """
+    ranges: list[tuple[int, int]] = []
+    for entry in tensor.external_data:
+        if isinstance(entry.key, str) and entry.key.startswith(_PREPACKED):
+            match = _PACKED_RANGES.fullmatch(entry.value) if isinstance(entry.value, str) else None
+            if match is None:
+                raise ModelError(f"tensor {quoted(tensor.name)} has damaged prepacked weights", DAMAGED)
+            for place in match[1].split("|")[1:]:
+                first, length, _ = place.split(";")
+                ranges.append((int(first), int(length)))
+    return ranges
+
+
 def _external_info(tensor: onnx.TensorProto) -> dict[str, str]:
     info: dict[str, str] = {}
     for entry in tensor.external_data:
-        if isinstance(entry.key, str) and entry.key.startswith("prepacked"):
-            continue  # ORT's own copies of weights in a kernel's layout; it checks them itself
+        if isinstance(entry.key, str) and entry.key.startswith(_PREPACKED):
+            continue  # checked by `_packed_ranges`; our sessions of models in memory pack for themselves
         if entry.key not in _KEYS or entry.key in info or not isinstance(entry.value, str):
             raise ModelError(
                 f"tensor {quoted(tensor.name)} has a strange external data key {quoted(entry.key)}",

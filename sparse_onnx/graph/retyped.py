@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.graph.stacked import Stacked
+
 
 def retyped(
     tensor: ir.TensorProtocol, dtype: ir.DataType, shape: Sequence[int], name: str
@@ -35,6 +37,10 @@ def retyped(
             name=name,
             base_dir=os.fspath(tensor.base_dir),
         )
+    if (
+        isinstance(tensor, Stacked) and shape and shape[0] == len(tensor.parts)
+    ):  # which is written part by part
+        return Stacked([retyped(part, dtype, shape[1:], name) for part in tensor.parts], name)
     if isinstance(tensor, ir.LazyTensor):
         return ir.LazyTensor(
             functools.partial(_read_as, tensor, dtype, shape, name), dtype, ir.Shape(shape), name=name

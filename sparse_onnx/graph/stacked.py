@@ -1,4 +1,5 @@
-"""Lazy tensors over stored ones: separately stored tensors as one packed tensor, and one with its last axes swapped.
+"""Lazy tensors over stored ones: separately stored tensors as one packed tensor, one with its last axes swapped, rows
+of two in turn, and whatever else is computed from them.
 
 Nothing is read before the result is, and a stack is then read one part at a time: being written out costs the memory
 of its largest part. `external.slice_first_axis` gives the parts of a stack back as they are stored.
@@ -6,8 +7,9 @@ of its largest part. `external.slice_first_axis` gives the parts of a stack back
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -68,6 +70,75 @@ class Transposed(FirstAxis):
         return ir.Tensor(array, self.dtype, name=self.name)
 
 
+class Recipe(Protocol):
+    """Makes an array of others. Recipes that compare equal give the same, and have the same hash."""
+
+    def __call__(self, *arrays: np.ndarray) -> np.ndarray: ...
+
+    def __hash__(self) -> int: ...
+
+
+class Computed(ir.LazyTensor):
+    """What a recipe makes of stored tensors, each time that it is read. Made by `computed`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: Sequence[ir.TensorProtocol],
+        dtype: ir.DataType,
+        shape: Sequence[int],
+        name: str,
+    ) -> None:
+        super().__init__(self._made, dtype, ir.Shape(shape), name=name)
+        self.recipe, self.sources = recipe, tuple(sources)
+
+    def _made(self) -> ir.Tensor:
+        array = self.recipe(*map(read_array, self.sources))
+        if array.shape != tuple(self.shape.numpy()) or array.dtype != self.dtype.numpy():
+            raise ValueError(
+                f"{self.name!r} became {array.dtype}{list(array.shape)}, not {self.dtype}{self.shape}"
+            )
+        return ir.Tensor(np.ascontiguousarray(array), self.dtype, name=self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turns:
+    def __call__(self, *arrays: np.ndarray) -> np.ndarray:
+        first, second = arrays
+        return np.stack([first, second], axis=1).reshape(2 * len(first), *first.shape[1:])
+
+
+def computed(
+    recipe: Recipe, sources: Sequence[ir.TensorProtocol], dtype: ir.DataType, shape: Sequence[int], name: str
+) -> ir.TensorProtocol:
+    """``recipe(*sources)``, read as arrays and computed whenever the result is read. Nothing is read now.
+
+    Being written out it costs the memory of itself and its sources: a packed tensor is a `stack` of computed parts.
+
+    Args:
+        recipe: gives an array of `dtype` and `shape`.
+        sources: of any kind.
+        dtype: of the result.
+        shape: of the result.
+        name: of the result.
+    """
+    return Computed(recipe, sources, dtype, shape, name)
+
+
+def interleave(first: ir.TensorProtocol, second: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    """``[2 N, ...]``: row 2 i is row i of `first [N, ...]`, row 2 i + 1 that of `second`. Nothing is read now.
+
+    Raises:
+        ValueError: shapes or types differ, strings, or no axis.
+    """
+    shape = tuple(first.shape.numpy())
+    if (first.dtype, shape) != (second.dtype, tuple(second.shape.numpy())):
+        raise ValueError(f"{second.name!r} differs from {first.name!r} in shape or type")
+    if not shape or first.dtype == ir.DataType.STRING:
+        raise ValueError(f"{first.name!r} has no rows of numbers")
+    return Computed(_Turns(), (first, second), first.dtype, (2 * shape[0], *shape[1:]), name)
+
+
 def stack(parts: Sequence[ir.TensorProtocol], name: str, transposed: bool = False) -> ir.TensorProtocol:
     """The tensors as one, ``[E, ...]``, in this order. Nothing is read.
 
@@ -126,7 +197,10 @@ def _range_of_all(parts: Sequence[ir.TensorProtocol], name: str) -> ir.ExternalT
 
 
 def stored(tensor: ir.TensorProtocol) -> Iterator[ir.TensorProtocol]:
-    """The stored tensors that a stack or a transposed tensor reads; of any other tensor, itself."""
+    """The stored tensors that a stack or a transposed tensor reads; of any other tensor, itself.
+
+    What is computed counts as stored: it becomes bytes of its own.
+    """
     if isinstance(tensor, Stacked):
         for part in tensor.parts:
             yield from stored(part)
@@ -151,6 +225,9 @@ def place(tensor: ir.TensorProtocol, where: Callable[[ir.TensorProtocol], Hashab
         return "stacked", tuple(place(part, where) for part in tensor.parts)
     if isinstance(tensor, Transposed):
         return "transposed", place(tensor.source, where), tuple(tensor.shape.numpy())
+    if isinstance(tensor, Computed):
+        sources = tuple(place(source, where) for source in tensor.sources)
+        return "computed", tensor.recipe, sources, tensor.dtype, tuple(tensor.shape.numpy())
     return where(tensor)
 
 

@@ -133,7 +133,7 @@ def optimize(
         _require_valid(model, source)
         report.verify = checks.finish(model)
         report.placement = checks.placement
-        report.notes += checks.notes
+        report.notes += [*result.notes, *checks.notes]
         if _holds(model, ir.DataType.FLOAT16):
             report.notes.append(
                 "float16 weights: the provider computes in float32, and keeps float32 copies of them"
@@ -302,5 +302,8 @@ def _reference(source: str | os.PathLike[str]) -> ir.Model:
 
 
 def _copy(model: ir.Model) -> ir.Model:
+    """The model in neutral form, with sums that ORT gets right."""
     with paused():
-        return model.clone()
+        copy = model.clone()
+        RepairScatterAdd()(copy)
+    return copy

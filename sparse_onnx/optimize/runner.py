@@ -93,6 +93,7 @@ class Result:
 
     records: list[PassRecord] = dataclasses.field(default_factory=list)
     refusals: list[Refusal] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
     changed: bool = False
 
 
@@ -148,6 +149,7 @@ def run(
                 )
             )
             result.refusals.extend(outcome.refusals)
+            result.notes.extend(outcome.notes)
             if outcome.modified:
                 result.changed |= item.step.phase not in ("prepare", "finish")
                 if after is not None:

@@ -4,6 +4,9 @@ Outside the blocks the graphs must be the same (`skeleton`); a block that is neu
 block runs alone in both models, with the routing put in from outside: a few experts at a time, so that only their
 weights are ever in memory. A neutral block is computed by the numpy reference, a lowered one by ORT, which reads the
 weights of an expert only when a token is sent there.
+
+Where the kernels of a lowered block round activations to 8 bits, it is compared twice: by kernels that do not round and
+multiply by the same stored integers, as exactly as any other; then as it is deployed, within `compare.ROUNDED`.
 """
 
 from __future__ import annotations
@@ -16,14 +19,16 @@ import onnx_ir as ir
 
 from sparse_onnx.blocks import MoEBlock
 from sparse_onnx.core.report import VerifyRecord
-from sparse_onnx.verify.compare import Difference, difference
+from sparse_onnx.verify.compare import ROUNDED, Difference, difference
 from sparse_onnx.verify.constants import Constants
-from sparse_onnx.verify.feeds import routings
-from sparse_onnx.verify.sides import Blocks, Side
+from sparse_onnx.verify.feeds import Facts, routings
+from sparse_onnx.verify.sides import Blocks, Run, Side
 from sparse_onnx.verify.skeleton import same_outside
 
 #: Bytes of weights that are mapped at once: with `lowering.WHOLE_BYTES` it keeps `optimize` below 1 GB.
 GROUP_BYTES = 192 << 20
+#: Bytes of a block's weights that ORT may pack in memory, all at once, to run it as it is deployed.
+PACKED_BYTES = 320 << 20
 
 
 def compare_blocks(
@@ -45,7 +50,7 @@ def compare_blocks(
         memory: bytes of expert weights that may be mapped at once; one expert is always allowed.
         threads: intra-op threads.
         provider: execution provider.
-        tolerance: accepted relative error; None takes the type's.
+        tolerance: accepted relative error; None takes the type's, or that of how kernels round.
         progress: called with a line a block.
         only: names of blocks; then just these are compared, and nothing outside them.
 
@@ -66,6 +71,7 @@ def compare_blocks(
         failure = f"block '{differing[0]}' has other weights" if differing else None
     total, runs, kinds = Difference.none(), 0, set()
     described: list[str] = []
+    rounded: list[bool] = []
     for name in run:
         if failure is not None:
             break
@@ -84,12 +90,15 @@ def compare_blocks(
         ):
             failure = f"block '{name}' has other sizes"
             break
-        compare = _Comparison(name, left, right, tolerance)
         kind = (left.facts, left.kind)
-        found = compare.run(memory, large=kind not in kinds)
+        found = Difference.none()
+        for compare in _comparisons(left, right, tolerance):
+            found = found.worse(compare.run(memory, large=kind not in kinds))
+            runs += compare.runs
+            described = described or compare.described
+        if right.start_deployed is not None:
+            rounded.append(right.weight_bytes <= PACKED_BYTES)
         kinds.add(kind)
-        runs += compare.runs
-        described = described or compare.described
         total = total.worse(found)
         if not found.within:
             failure = f"block '{name}': {found.reason}"
@@ -97,6 +106,11 @@ def compare_blocks(
             failure = f"block '{name}' gives nothing but infinities and NaNs"
     if kept and failure is None and not described:
         described = ["weights byte by byte"]
+    if any(rounded):
+        described.append(f"{sum(rounded)} blocks once more as deployed, activations rounded to 8 bits")
+    if not all(rounded):
+        few = len(rounded) - sum(rounded)
+        described.append(f"{few} blocks not as deployed: too large to be packed here for kernels that round")
     passed: bool | None = failure is None
     if not names and failure is None:
         passed, failure = None, "there is no sparse block to compare"
@@ -132,20 +146,43 @@ def _same_block(first: MoEBlock, second: MoEBlock) -> bool:
     return [constants.digest(tensor) for tensor in ours] == [constants.digest(tensor) for tensor in theirs]
 
 
+def _comparisons(left: Side, right: Side, tolerance: float | None) -> list[_Comparison]:
+    """Of one block: without rounding as far as there are kernels for it, and as deployed where those round."""
+    size = max(1, left.weight_bytes, right.weight_bytes)
+    accepted = _accepted(tolerance, left.left, right.left)
+    found = [_Comparison(left.facts, size, left.start, right.start, accepted)]
+    if right.start_deployed is not None and right.weight_bytes <= PACKED_BYTES:
+        accepted = _accepted(tolerance, left.left, right.activations)
+        found.append(_Comparison(left.facts, size, left.start, right.start_deployed, accepted, at_once=True))
+    return found
+
+
+def _accepted(tolerance: float | None, *kinds: str | None) -> float | None:
+    rounded = [ROUNDED[kind] for kind in kinds if kind is not None]
+    return max(rounded) if tolerance is None and rounded else tolerance
+
+
 class _Comparison:
     """One block in both models."""
 
-    def __init__(self, name: str, expected: Side, actual: Side, tolerance: float | None) -> None:
-        self.name, self.expected, self.actual, self.tolerance = name, expected, actual, tolerance
-        self.facts = expected.facts
+    def __init__(
+        self,
+        facts: Facts,
+        size: int,
+        expected: Callable[[], Run],
+        actual: Callable[[], Run],
+        tolerance: float | None,
+        at_once: bool = False,
+    ) -> None:
+        self.facts, self.size, self.at_once = facts, size, at_once
+        self.expected, self.actual, self.tolerance = expected, actual, tolerance
         self.runs = 0
         self.described: list[str] = []
 
     def run(self, memory: int, large: bool) -> Difference:
         """Every expert, as many at a time as `memory` allows; at a realistic size too where `large`."""
         experts = self.facts.experts
-        size = max(1, self.expected.weight_bytes, self.actual.weight_bytes)
-        group = int(max(1, min(experts, memory * experts // size)))
+        group = experts if self.at_once else int(max(1, min(experts, memory * experts // self.size)))
         total = Difference.none()
         for start in range(0, experts, group):
             chosen = np.arange(start, min(start + group, experts))
@@ -154,7 +191,7 @@ class _Comparison:
 
     def _group(self, chosen: np.ndarray, large: bool) -> Difference:
         # Both die with this call, which unmaps this group's weights before the next one's are touched.
-        expect, act = self.expected.start(), self.actual.start()
+        expect, act = self.expected(), self.actual()
         total = Difference.none()
         for feeds in routings(
             self.facts, chosen, seed=int(chosen[0]), first=int(chosen[0]) == 0, large=large

@@ -12,6 +12,11 @@ import numpy as np
 #: between the two sides; a wrong expert is larger by orders of magnitude.
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 
+#: Largest accepted error of blocks whose kernels round activations to 8 bits, by how they do it (`blocks.rounding`).
+#: Their weights, and everything else about them, are compared without rounding, within `TOLERANCES`. Measured on normal
+#: tokens: @@.
+ROUNDED = {"int8": 5e-2, "int8_batch": 1.5e-1}
+
 _EPSILON = {"float64": 2.3e-16, "float32": 1.2e-7, "float16": 9.8e-4, "bfloat16": 7.9e-3}
 #: Masked entries (finfo.min, -1e9, -65504): such a value says nothing of the size of the others in its row.
 _HUGE, _MARKER, _OUTLIER = 1e30, 1e4, 1e3

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,10 @@ import onnx_ir as ir
 from sparse_onnx.blocks import MoEBlock, blocks, combine_blocks, reference
 from sparse_onnx.blocks.lowered import LoweredBlock
 from sparse_onnx.blocks.quantized import Quantized, Slices
+from sparse_onnx.blocks.rounding import rounding, without_rounding
 from sparse_onnx.blocks.routing import never_dropped
+from sparse_onnx.graph import io
+from sparse_onnx.graph.save import save
 from sparse_onnx.graph.stacked import read_slices
 from sparse_onnx.matching.values import size
 from sparse_onnx.targets import session as sessions
@@ -24,6 +30,9 @@ from sparse_onnx.verify.skeleton import Boundary
 
 #: Without prepacking ORT maps the weights and reads an expert's pages only when it runs.
 _MAPPED = {"session.disable_prepacking": "1"}
+
+#: Bytes of weights that are computed in memory rather than into a file.
+_COMPUTED = 32 << 20
 
 #: Along an axis of images whose size the graph leaves open.
 _ANY_SIZE = 16
@@ -82,12 +91,20 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """`start` maps weights or makes a session, and gives what runs the block; both end with what it gave."""
+    """`start` maps weights or makes a session, and gives what runs the block; both end with what it gave.
+
+    Where kernels round `activations` (see `blocks.rounding`), `start` gives the block without that, as far as ORT has
+    other kernels (`left` says how what is left rounds), and `start_deployed` gives it as it runs when deployed, with all
+    of its weights packed in memory.
+    """
 
     facts: Facts
     kind: tuple[object, ...]
     weight_bytes: int
     start: Callable[[], Run]
+    left: str | None = None
+    activations: str | None = None
+    start_deployed: Callable[[], Run] | None = None
 
 
 def _neutral(block: MoEBlock) -> Side:
@@ -158,12 +175,19 @@ def _lowered(
         raise ValueError("its sizes are not known")
     alone = extract(model, block, values, (dtype, ir.DataType.INT64, weight_dtype), row)
     names = (block.tokens, block.expert_index, block.expert_weight)
+    activations, stored = rounding(alone.graph), _Stored(alone)
+    weight_bytes = sum(weight.nbytes for weight in _weights(alone))
     # Bodies that are not lowered may fail on no rows at all; that is what their lowering must not do.
     width = size(values[block.output], -1) if block.form == "neutral" else None
 
-    def start() -> Run:
+    def start(rounded: bool) -> Run:
+        # ORT's kernels that round activations work on packed weights alone; without prepacking it takes others.
         session = sessions.create_session(
-            alone, threads=threads, provider=provider, entries=_MAPPED, name=f"block '{block.name}'"
+            stored.rounded if rounded else stored.exact,
+            threads=threads,
+            provider=provider,
+            entries=None if rounded else _MAPPED,
+            name=f"block '{block.name}'",
         )
 
         def run(feeds: Feeds) -> np.ndarray:
@@ -176,6 +200,39 @@ def _lowered(
 
     drops = not never_dropped(values[block.expert_index], block.experts)
     facts = Facts(block.experts, block.top_k, math.prod(row), dtype, weight_dtype, drops)
-    weights = alone.graph.initializers.values()
-    stored = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
-    return Side(facts, (block.inner, block.activation), stored, start)
+    kind = (block.inner, block.activation)
+    exact, deployed = functools.partial(start, False), functools.partial(start, True)
+    if activations is None:
+        return Side(facts, kind, weight_bytes, exact)
+    return Side(facts, kind, weight_bytes, exact, without_rounding(alone.clone()), activations, deployed)
+
+
+def _weights(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    for graph in model.graphs():
+        yield from (
+            value.const_value for value in graph.initializers.values() if value.const_value is not None
+        )
+
+
+class _Stored:
+    """A block as a model whose weights can be mapped: computed ones are in a temporary file (see TMPDIR)."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+
+    @functools.cached_property
+    def rounded(self) -> ir.Model:
+        """As it runs when deployed."""
+        computed = sum(each.nbytes for each in _weights(self._model) if isinstance(each, ir.LazyTensor))
+        if computed <= _COMPUTED:
+            return self._model
+        self._folder = tempfile.TemporaryDirectory(prefix="sparse-onnx-")
+        path = os.path.join(self._folder.name, "block.onnx")
+        return io.load(save(self._model, path, weights="copy").path)
+
+    @functools.cached_property
+    def exact(self) -> ir.Model:
+        """Without rounding."""
+        model = self.rounded.clone()
+        without_rounding(model)
+        return model

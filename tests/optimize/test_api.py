@@ -203,7 +203,7 @@ def test_a_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"target": "toaster"}, "unknown target"),
-        ({"form": "dense"}, "unknown form"),
+        ({"form": "x"}, "unknown form"),
         ({"passes": {"fuse_gates": {}}}, "unknown pass"),
         ({"passes": {"fuse_gating": {"speed": "11"}}}, "no option 'speed'"),
         ({"skip": ["everything"]}, "unknown pass"),

@@ -1,0 +1,162 @@
+"""Experts behind conditional branches: a branch that no token is sent to costs one node.
+
+Dispatch and combine are those of fuse_gating. Between them, by `style`:
+
+    group    rows_g  = Split(rows, tokens a group)                     groups of `group` neighbouring experts
+             out_g   = If(tokens of g > 0) {experts of g on Split(rows_g, tokens an expert)} {0 rows}
+    expert   out_e   = If(tokens of e > 0) {expert_e(rows_e)} {0 rows}
+    loop     out     = Loop over the experts with tokens: rows_e = Slice(rows, from, to); a tree of If chooses e
+
+The results are concatenated; branches that are skipped give 0 rows of known width, not copies of what came before.
+
+Weights are initializers of the block's graph, right around the branches (loop: in the branches), where ORT prepacks
+them. In the loop's tree they would lie several graphs out and not be prepacked: 1.2 to 1.9 times slower, MatMulNBits 30
+times. In the branches they are, but ORT holds them twice, as stored and packed. The loop runs as many nodes as there are
+experts with tokens, however many experts there are; its rows are handed on as a sequence, which few providers know.
+
+Worth it for many experts (64 and more) and few tokens, and in deep models: nodes in branches cost session creation
+next to nothing, which is quadratic in the nodes of one graph.
+
+Exact for every routing, as fuse_gating is. Quantized weights stay quantized; where they must be dequantized, only
+those of experts with tokens are.
+
+Refused: what fuse_gating refuses; blocks in the body of an If, Loop or Scan whose weights lie outside of it, but for
+the loop style.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.blocks import MoEBlock
+from sparse_onnx.blocks.dispatch import Dispatch, emit_combine, emit_dispatch, joined
+from sparse_onnx.blocks.expert_group import emit_group, emit_heights, emit_rows, groups_of, split
+from sparse_onnx.blocks.expert_tree import emit_loop
+from sparse_onnx.blocks.expert_weights import ExpertWeights, obstacle
+from sparse_onnx.blocks.lowering import Lowering, Problem
+from sparse_onnx.core.errors import UsageError
+from sparse_onnx.graph.branches import Branch, emit_if, inside
+from sparse_onnx.graph.build import Emitter
+
+STYLES = ("group", "expert", "loop")
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchExperts(Lowering):
+    __doc__ = __doc__
+    name: ClassVar[str] = "branch_experts"
+    form: ClassVar[str] = "branched"
+    summary: ClassVar[str] = "experts behind If: those without tokens are skipped, a group at a time"
+
+    style: str = dataclasses.field(
+        default="group", metadata={"help": "what a branch holds: group, expert or loop"}
+    )
+    group: int = dataclasses.field(default=8, metadata={"help": "experts of one branch, for style=group"})
+    contrib: bool = dataclasses.field(
+        default=True, metadata={"help": "quantized weights may use operators of com.microsoft"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.style not in STYLES:
+            raise UsageError(f"pass '{self.name}': style={self.style} is not one of {', '.join(STYLES)}")
+        if self.group < 1:
+            raise UsageError(f"pass '{self.name}': group={self.group} is no number of experts")
+
+    def problem(self, block: MoEBlock, opset: int) -> Problem | None:
+        found = (obstacle(value, role) for role, value in block.weights.items())
+        problem = next(filter(None, found), None)
+        if problem is not None or self.style == "loop":
+            return problem
+        outside = next(
+            (role for role, value in block.weights.items() if _holder(value) is not block.node.graph), None
+        )
+        if outside is None:
+            return None
+        return (
+            f"it stands in the body of an If, Loop or Scan, and {outside} outside of it: ORT does not prepack "
+            "weights that lie two graphs out",
+            "take another form, or style=loop, which holds weights in its branches",
+        )
+
+    def rewrite(self, block: MoEBlock, emit: Emitter, opset: int) -> set[str]:
+        experts, top_k = block.experts, block.top_k
+        assert experts is not None and top_k is not None and block.hidden_out is not None
+        weights = ExpertWeights(block, emit.names, self.contrib)
+        dispatch = emit_dispatch(emit, block.expert_index, experts, top_k)
+        rows = emit_rows(emit, dispatch, block.tokens)
+        if self.style == "loop":
+            results, dropped = _looped(emit, weights, dispatch, rows, opset)
+        else:
+            size = 1 if self.style == "expert" else self.group
+            results, dropped = _branched(emit, weights, dispatch, rows, groups_of(experts, size), opset)
+        combined = emit_combine(
+            emit, dispatch, results, block.expert_weight, dropped, block.hidden_out, block.dtype
+        )
+        emit.replace(block.node, combined)
+        weights.drop_unused()
+        return weights.domains
+
+
+def _holder(value: ir.Value) -> object:
+    """The graph that an expert's part of the weight is put in."""
+    node = value.producer()
+    return value.graph if node is None else node.graph
+
+
+def _branched(
+    emit: Emitter,
+    weights: ExpertWeights,
+    dispatch: Dispatch,
+    rows: ir.Value,
+    groups: Sequence[range],
+    opset: int,
+) -> tuple[list[ir.Value], ir.Value | None]:
+    """Rows of each group, and the piece of the dropped slots if there may be any."""
+    block = weights.block
+    heights: Sequence[ir.Value | None] = [None] * len(groups)
+    sizes = dispatch.sizes
+    if len(groups) < dispatch.experts:
+        heights = emit_heights(emit, dispatch, groups)
+        sizes = _sums(emit, dispatch, groups)
+    bins = len(groups) + dispatch.bins - dispatch.experts
+    pieces = split(emit, rows, sizes, bins)
+    hits = split(emit, emit.op("Greater", sizes, emit.ints(0)), None, bins)
+    nothing = emit.constant(np.zeros((0, block.hidden_out or 0), block.dtype.numpy()))
+    results = []
+    for group, piece, hit, height in zip(groups, pieces, hits, heights, strict=False):
+        then = inside(emit, f"{group.start}-{group.stop - 1}")
+        own = [piece] if len(group) == 1 else then.ops("Split", (piece, height), len(group), axis=0)
+        result = joined(then, emit_group(then, weights, group, own, height, opset))
+        result.dtype, result.shape = block.dtype, ir.Shape([None, block.hidden_out])
+        other = inside(emit, "none")
+        results += emit_if(emit, hit, Branch(then, [result]), Branch(other, [nothing]))
+    return results, pieces[-1] if dispatch.bins > dispatch.experts else None
+
+
+def _sums(emit: Emitter, dispatch: Dispatch, groups: Sequence[range]) -> ir.Value:
+    """`[groups]` rows of each group, and behind them those that are dropped, if any."""
+    kept, dropped = dispatch.sizes, None
+    if dispatch.bins > dispatch.experts:
+        kept, dropped = emit.ops("Split", (kept, emit.ints(dispatch.experts, 1)), 2, axis=0)
+    missing = len(groups) * len(groups[0]) - dispatch.experts
+    if missing:
+        kept = emit.op("Concat", kept, emit.ints(*[0] * missing), axis=0)
+    table = emit.op("Reshape", kept, emit.ints(len(groups), len(groups[0])))
+    sums = emit.op("ReduceSum", table, emit.ints(1), keepdims=0)
+    return sums if dropped is None else emit.op("Concat", sums, dropped, axis=0)
+
+
+def _looped(
+    emit: Emitter, weights: ExpertWeights, dispatch: Dispatch, rows: ir.Value, opset: int
+) -> tuple[list[ir.Value], ir.Value | None]:
+    """Rows of all experts, and something as long as the piece of the dropped slots if there may be any."""
+    results = [emit_loop(emit, weights, dispatch, rows, opset)]
+    if dispatch.bins == dispatch.experts:
+        return results, None
+    kept = emit.op("Shape", results[0], start=0, end=1)
+    return results, emit.op("Slice", dispatch.order, kept, dispatch.count, emit.ints(0))

@@ -1,0 +1,266 @@
+"""Expert weights in 4 or 8 bits, each expert quantized when it is read.
+
+A number is ``(code - point) * scale``. Codes are unsigned, lowest bits first, rows of inputs `[E, N, K]`: the bytes
+that MatMulNBits and QMoE read. Elements along K share a scale in blocks, or a whole row of them has one. Where the
+numbers are symmetric every point is the middle of the range, which those operators take without zero points.
+
+Blocks are ORT's own: `quantize_matmul_4bits` and `quantize_matmul_8bits`, which give a symmetric block's number of the
+largest magnitude the lowest code. A row in 8 bits is what ORT's tools make of a weight for integer products: codes 1 to
+255 around 128, so that ``code - 128`` is an int8 of -127 to 127.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.blocks.quantized import Quantized
+from sparse_onnx.core.errors import ModelError
+from sparse_onnx.graph.external import read_array, slice_first_axis
+from sparse_onnx.graph.stacked import Stacked
+
+#: Elements that are quantized at once: their turned copy stays in cache.
+_CHUNK = 1 << 20
+#: Bytes of codes, and of scales with points, that are kept for whoever reads the other half of an expert next. The
+#: scales of one packed weight must fit, since all of its codes are written before them.
+_CODES, _SCALES = 64 << 20, 128 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Width:
+    """How numbers are stored: 4 or 8 bits, elements along the inputs that share a scale (0: a row; 8 bits only), and
+    whether all zero points are the middle of the range."""
+
+    bits: int
+    block: int
+    symmetric: bool
+
+    @property
+    def dtype(self) -> ir.DataType:
+        return ir.DataType.UINT4 if self.bits == 4 else ir.DataType.UINT8
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Numbers:
+    """One matrix ``[N, K]``: packed codes, scales ``[N, blocks]`` and points ``[N, blocks]`` (None: the middle)."""
+
+    codes: np.ndarray
+    scales: np.ndarray
+    points: np.ndarray | None
+
+
+class _Recent:
+    """What was made last, as much of it as a number of bytes allows."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held = most, 0
+        self._items: collections.OrderedDict[Hashable, tuple[Any, int]] = collections.OrderedDict()
+
+    def get(self, key: Hashable) -> Any:
+        return self._items.get(key, (None, 0))[0]
+
+    def put(self, key: Hashable, item: Any, size: int) -> None:
+        if key in self._items:
+            return
+        self._items[key] = (item, size)
+        self._held += size
+        while self._held > self._most and len(self._items) > 1:
+            self._held -= self._items.popitem(last=False)[1][1]
+
+
+class Memory:
+    """Keeps a little of what was quantized last: an expert's codes and its scales come of one computation."""
+
+    def __init__(self) -> None:
+        self.codes, self.scales = _Recent(_CODES), _Recent(_SCALES)
+
+    def put(self, key: Hashable, numbers: Numbers) -> None:
+        points = numbers.points
+        size = numbers.scales.nbytes + (0 if points is None else points.nbytes)
+        self.codes.put(key, numbers.codes, numbers.codes.nbytes)
+        self.scales.put(key, (numbers.scales, points), size)
+
+
+class IntegerWeights:
+    """A packed weight ``[E, N, K]`` in integers: `data`, `scale` and `zero_point` are lazy stacks of experts.
+
+    Args:
+        source: ``[E, N, K]``, or ``[E, K, N]`` where `transposed`; float32 or float16, which is the scales' type too.
+        width: how it is to be stored; a block divides K.
+        transposed: whether the source's rows are outputs.
+        memory: shared by the weights of a model, so that all of them together keep little.
+    """
+
+    def __init__(self, source: ir.TensorProtocol, width: Width, transposed: bool, memory: Memory) -> None:
+        self.source, self.width, self.transposed, self._memory = source, width, transposed, memory
+        self._key = object()
+        experts, first, second = source.shape.numpy()
+        self.experts = experts
+        self.outputs, self.inputs = (second, first) if transposed else (first, second)
+        self.blocks = self.inputs // width.block if width.block else 1
+        self.data = self._stack(self._data, width.dtype, (self.outputs, self.inputs))
+        self.scale = self._stack(self._scale, source.dtype, self._grid)
+        self.zero_point = self._zero_points()
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        return self.outputs, self.blocks
+
+    def _stack(
+        self, of: Callable[[int], ir.TensorProtocol], dtype: ir.DataType, shape: tuple[int, int]
+    ) -> ir.TensorProtocol:
+        parts = [
+            ir.LazyTensor(functools.partial(of, expert), dtype, ir.Shape(shape), name=str(expert))
+            for expert in range(self.experts)
+        ]
+        return Stacked(parts, self.source.name or "weight")
+
+    def _zero_points(self) -> ir.TensorProtocol:
+        if self.width.symmetric:
+            middle = np.full(self._grid, 1 << (self.width.bits - 1), np.uint8)
+            each: ir.TensorProtocol = self._integers(middle)
+            if middle.size * self.width.bits % 8 == 0:
+                return Stacked([each] * self.experts, self.source.name or "weight")
+            return self._integers(np.repeat(middle[None], self.experts, 0))
+        if self.outputs * self.blocks * self.width.bits % 8 == 0:
+            return self._stack(self._point, self.width.dtype, self._grid)
+        shape = ir.Shape([self.experts, *self._grid])  # parts that do not end on whole bytes: all at once
+        return ir.LazyTensor(self._all_points, self.width.dtype, shape, cache=True)
+
+    def quantized(self) -> Quantized:
+        """What the DequantizeLinear of these tensors means."""
+        block = self.width.block or self.inputs
+        return Quantized(self.data, self.scale, self.zero_point, 2, block, self.source.dtype)
+
+    def lost(self, experts: Iterable[int]) -> tuple[float, float]:
+        """Sums of squares over some experts: of what rounding changes, and of the weights themselves.
+
+        Raises:
+            ModelError: weights that are not finite, or a weight file that is gone.
+        """
+        changed = whole = 0.0
+        stored = self.quantized()
+        for expert in experts:
+            before, after = self._matrix(expert), stored.part(expert, "").dequantized()
+            step = max(1, _CHUNK // self.inputs)
+            for start in range(0, self.outputs, step):
+                rows = before[start : start + step].astype(np.float64)
+                whole += float(np.square(rows).sum())
+                changed += float(np.square(rows - after[start : start + step]).sum())
+        return changed, whole
+
+    def _matrix(self, expert: int) -> np.ndarray:
+        """``[N, K]``."""
+        array = read_array(slice_first_axis(self.source, expert, ""))
+        return array.T if self.transposed else array
+
+    def _quantized(self, expert: int) -> Numbers:
+        matrix = self._matrix(expert)
+        try:
+            return quantize(matrix, self.width)
+        except ValueError as error:
+            raise ModelError(
+                f"expert {expert} cannot be quantized: {error}",
+                "leave the experts in float",
+                where=f"weight '{self.source.name}'",
+            ) from None
+
+    def _numbers(self, expert: int) -> Numbers:
+        key = (self._key, expert)
+        codes, rest = self._memory.codes.get(key), self._memory.scales.get(key)
+        if codes is not None and rest is not None:
+            return Numbers(codes, *rest)
+        numbers = self._quantized(expert)
+        self._memory.put(key, numbers)
+        return numbers
+
+    def _rest(self, expert: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Scales and points."""
+        known = self._memory.scales.get((self._key, expert))
+        if known is not None:
+            return known
+        numbers = self._numbers(expert)
+        return numbers.scales, numbers.points
+
+    def _data(self, expert: int) -> ir.TensorProtocol:
+        codes, shape = self._numbers(expert).codes, (self.outputs, self.inputs)
+        if self.width.bits == 4:
+            return ir.PackedTensor(codes, ir.DataType.UINT4, shape=shape)
+        return ir.Tensor(codes.reshape(shape))
+
+    def _scale(self, expert: int) -> ir.TensorProtocol:
+        return ir.Tensor(self._rest(expert)[0])
+
+    def _point(self, expert: int) -> ir.TensorProtocol:
+        points = self._rest(expert)[1]
+        assert points is not None
+        return self._integers(points)
+
+    def _all_points(self) -> ir.TensorProtocol:
+        return self._integers(np.stack([self._rest(expert)[1] for expert in range(self.experts)]))
+
+    def _integers(self, numbers: np.ndarray) -> ir.TensorProtocol:
+        return ir.Tensor(numbers.astype(self.width.dtype.numpy()), self.width.dtype)
+
+
+def quantize(matrix: np.ndarray, width: Width) -> Numbers:
+    """One matrix ``[N, K]`` of float32 or float16, whose type the scales take.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    outputs, inputs = matrix.shape
+    if width.block and inputs % width.block:
+        raise ValueError(f"blocks of {width.block} do not divide {inputs} inputs")
+    blocks = inputs // width.block if width.block else 1
+    codes = np.empty((outputs, inputs * width.bits // 8), np.uint8)
+    scales = np.empty((outputs, blocks), np.float32)
+    points = np.empty((outputs, blocks), np.uint8)
+    step = max(1, _CHUNK // max(1, inputs))
+    for start in range(0, outputs, step):
+        at = slice(start, start + step)
+        rows = matrix[at]
+        if not np.isfinite(rows).all():
+            raise ValueError("its weights are not all finite")
+        if width.block:
+            codes[at], scales[at], points[at] = _in_blocks(rows, width)
+        else:
+            codes[at], scales[at], points[at] = _row_by_row(rows, width, matrix.dtype)
+    return Numbers(codes.reshape(-1), scales.astype(matrix.dtype), None if width.symmetric else points)
+
+
+def _in_blocks(rows: np.ndarray, width: Width) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    from onnxruntime.capi import _pybind_state as ort
+
+    quantizer = ort.quantize_matmul_4bits if width.bits == 4 else ort.quantize_matmul_8bits
+    count, inputs = rows.shape
+    blocks, each = inputs // width.block, 8 // width.bits
+    codes = np.zeros((count, blocks, width.block // each), np.uint8)
+    scales = np.zeros((count, blocks), np.float32)
+    packed = np.zeros((count, -(-blocks // each)), np.uint8)
+    columns = np.ascontiguousarray(rows.T, np.float32)
+    quantizer(codes, columns, scales, packed, width.block, count, inputs, width.symmetric)
+    shifts = np.arange(each, dtype=np.uint8) * width.bits
+    points = (packed[..., None] >> shifts & ((1 << width.bits) - 1)).reshape(count, -1)[:, :blocks]
+    return codes.reshape(count, -1), scales, points
+
+
+def _row_by_row(rows: np.ndarray, width: Width, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows = rows.astype(np.float32)
+    if width.symmetric:
+        low, span, lowest = -np.abs(rows).max(1), 127.0, 1
+        scale = -low / span
+    else:
+        low, lowest = np.minimum(rows.min(1), 0), 0
+        scale = (np.maximum(rows.max(1), 0) - low) / 255
+    scale = scale.astype(dtype).astype(np.float32)  # codes belong to the scale that is stored
+    scale[scale == 0] = 1
+    points = np.full(len(rows), 128) if width.symmetric else np.clip(np.rint(-low / scale), 0, 255)
+    codes = np.clip(np.rint(rows / scale[:, None]) + points[:, None], lowest, 255)
+    return codes.astype(np.uint8), scale[:, None], points[:, None].astype(np.uint8)

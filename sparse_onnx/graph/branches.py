@@ -1,0 +1,56 @@
+"""Bodies of If and Loop nodes. Their constants and weights are initializers of the graph around them.
+
+ORT prepacks a weight that a body reads from the graph right around it. It does not where the weight lies two graphs out:
+MatMul is 1.2 to 1.9 times slower then, MatMulNBits 30 times (ORT 1.32).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from sparse_onnx.graph.build import Emitter
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """Nodes of a body, not in any graph yet, what it returns, and initializers of its own."""
+
+    emit: Emitter
+    results: Sequence[ir.Value]
+    initializers: Sequence[ir.Value] = ()
+
+
+def inside(emit: Emitter, name: str) -> Emitter:
+    """Collects the nodes of a body of a node that `emit` is about to add."""
+    return Emitter(emit.graph, emit.names, f"{emit.prefix}/{name}", emit.metadata)
+
+
+def body(branch: Branch, name: str, inputs: Sequence[ir.Value] = ()) -> ir.Graph:
+    """The graph of a body. What it returns without computing it, or twice, it returns as a copy."""
+    emit, results = branch.emit, []
+    for value in branch.results:
+        if value.producer() not in emit.nodes or value in results:
+            copy = emit.op("Identity", value)
+            copy.type, copy.shape = value.type, value.shape
+            value = copy
+        results.append(value)
+    name = emit.names.free(f"{emit.prefix}/{name}")
+    return ir.Graph(inputs, results, nodes=emit.nodes, initializers=branch.initializers, name=name)
+
+
+def emit_if(emit: Emitter, condition: ir.Value, then: Branch, other: Branch) -> Sequence[ir.Value]:
+    """What one of the branches returns.
+
+    Args:
+        emit: where the node goes.
+        condition: one boolean.
+        then, other: results of the same types. Those of `then` have types and shapes, which the node's outputs get.
+    """
+    branches = {"then_branch": body(then, "then"), "else_branch": body(other, "else")}
+    chosen = emit.ops("If", (condition,), len(then.results), **branches)
+    for value, told in zip(chosen, then.results, strict=True):
+        value.type, value.shape = told.type, told.shape
+    return chosen
