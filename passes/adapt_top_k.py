@@ -5,8 +5,8 @@ With p[k] = w[k] / sum over j of w[j], over the slots of one token that are not 
     p[k] < threshold      or      (sum of p[j] over the slots j before k) >= top_p
 
 Slots are ordered by weight, ties by place; the order that they are stored in means nothing. A token keeps its first
-slot whatever its weight. A dropped slot gets the index E, which no lowering computes (`renormalise`: and the others
-are scaled so that the token's weights sum to what they did).
+slot whatever its weight. A dropped slot gets the index E, which adds nothing; forms that run experts on their own
+tokens do not compute it. With `renormalise` the others are scaled so that the token's weights sum to what they did.
 
 Decided in float32 where weights are of half precision. A token of which all weights are zero, or some NaN, keeps its
 slots. Blocks with one routing get one adapted routing. Enters If, Loop and Scan bodies. What was adapted is marked in
@@ -15,6 +15,10 @@ the node's metadata, and is not adapted again.
 Refused: weights that the graph does not prove to be at least zero; tokens of one expert; blocks that were adapted
 otherwise before; `Combine` blocks with the same experts and different weights, which must be dispatched together;
 numbers of experts or types that the graph does not tell; and everything, where threshold is 0 and top_p is 1.
+
+Measured on the zoo's byte-moe (K = 2), held-out bits per byte and slots a token: threshold 0.05 +0.03 %, 1.77; 0.1
++0.13 %, 1.58; 0.2 +0.43 %, 1.37; 0.3 +0.76 %, 1.23 (+0.57 % if not renormalised). With K = 2 a top_p of 1 - t drops
+what a threshold of t does. Half of the slots dropped takes 0.52 times as long for one token (64 experts, K = 8, CPU).
 
 Cumulative probability is the criterion of "Harder Tasks Need More Experts" (arXiv 2403.07652), whose models are
 trained with it and do not renormalise.
@@ -174,7 +178,8 @@ def _apart(blocks: Sequence[_Block]) -> set[ir.Node]:
     together: dict[tuple[int, ...], list[_Block]] = {}
     for block in blocks:
         if isinstance(block, CombineBlock):
-            key = (id(block.expert_index), *map(id, block.nodes or [block.stack]))
+            experts = [id(node) for node in block.nodes] or [id(block.stack)]
+            key = (id(block.expert_index), *experts)
             together.setdefault(key, []).append(block)
     uneven = (group for group in together.values() if len({id(block.expert_weight) for block in group}) > 1)
     return {block.node for group in uneven for block in group}

@@ -9,10 +9,10 @@ Dispatch and combine are those of fuse_gating. Between them, by `style`:
 
 The results are concatenated; branches that are skipped give 0 rows of known width, not copies of what came before.
 
-Weights are initializers of the block's graph, right around the branches (loop: in the branches), where ORT prepacks
-them. In the loop's tree they would lie several graphs out and not be prepacked: 1.2 to 1.9 times slower, MatMulNBits 30
-times. In the branches they are, but ORT holds them twice, as stored and packed. The loop runs as many nodes as there are
-experts with tokens, however many experts there are; its rows are handed on as a sequence, which few providers know.
+Weights are initializers of the block's graph, right around the branches, where ORT prepacks them. In the loop's tree
+they would lie several graphs out and not be prepacked: 1.2 to 1.9 times slower, MatMulNBits 30 times. So they lie in
+the branches there, and ORT holds them twice, as stored and packed. A loop runs as often as there are experts with
+tokens, however many experts there are; its rows are handed on as a sequence, which few providers know.
 
 Worth it for many experts (64 and more) and few tokens, and in deep models: nodes in branches cost session creation
 next to nothing, which is quadratic in the nodes of one graph.
@@ -21,7 +21,7 @@ Exact for every routing, as fuse_gating is. Quantized weights stay quantized; wh
 those of experts with tokens are.
 
 Refused: what fuse_gating refuses; blocks in the body of an If, Loop or Scan whose weights lie outside of it, but for
-the loop style.
+the loop style, which is refused for bfloat16.
 """
 
 from __future__ import annotations
@@ -70,8 +70,13 @@ class BranchExperts(Lowering):
     def problem(self, block: MoEBlock, opset: int) -> Problem | None:
         found = (obstacle(value, role) for role, value in block.weights.items())
         problem = next(filter(None, found), None)
-        if problem is not None or self.style == "loop":
+        if problem is not None:
             return problem
+        if self.style == "loop":
+            unheard = block.dtype == ir.DataType.BFLOAT16
+            return (
+                ("ONNX has no sequences of bfloat16", "take style=group or style=expert") if unheard else None
+            )
         outside = next(
             (role for role, value in block.weights.items() if _holder(value) is not block.node.graph), None
         )
@@ -132,9 +137,9 @@ def _branched(
         then = inside(emit, f"{group.start}-{group.stop - 1}")
         own = [piece] if len(group) == 1 else then.ops("Split", (piece, height), len(group), axis=0)
         result = joined(then, emit_group(then, weights, group, own, height, opset))
-        result.dtype, result.shape = block.dtype, ir.Shape([None, block.hidden_out])
-        other = inside(emit, "none")
-        results += emit_if(emit, hit, Branch(then, [result]), Branch(other, [nothing]))
+        other = Branch(inside(emit, "none"), [nothing])
+        told = [(block.dtype, (None, block.hidden_out))]
+        results += emit_if(emit, hit, Branch(then, [result]), other, told)
     return results, pieces[-1] if dispatch.bins > dispatch.experts else None
 
 

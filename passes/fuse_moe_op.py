@@ -33,7 +33,7 @@ import onnx_ir as ir
 
 from sparse_onnx.blocks import MoEBlock
 from sparse_onnx.blocks.contrib_router import emit_logits, emit_scaled
-from sparse_onnx.blocks.contrib_weights import ContribWeights, Format, quantized_format, quantized_roles
+from sparse_onnx.blocks.contrib_weights import Format, projections, quantized_format, quantized_roles
 from sparse_onnx.blocks.expert_weights import ExpertWeights, obstacle
 from sparse_onnx.blocks.lowered import FORM_KEY
 from sparse_onnx.blocks.lowering import Lowering, Problem, rounds_activations
@@ -71,7 +71,7 @@ class FuseMoEOp(Lowering):
         form = _format(block)
         assert not isinstance(form, tuple)
         logits, total = emit_logits(emit, block)
-        first, last = ContribWeights(block, emit.names, form).projections()
+        first, last = projections(block, emit.names, form)
         attributes = _attributes(block)
         inputs: list[ir.Value | None] = [block.tokens, logits]
         if form is None:

@@ -6,9 +6,10 @@ Over the S = T K flattened slots, slot s of token t = s / K:
     z_s = W_s x_t                               [S, N, D] x [S, D, 1]; for [E, D, N] weights [S, 1, D] x [S, D, N]
     y_t = sum over k of weight[t, k] * fc2_s act(z_s)
 
-For targets that need static shapes (QNN HTP, TensorRT): no NonZero, Loop, If, or Split of runtime sizes; with a fixed
-number of tokens all shapes are constants. No matrix is turned or copied but by the Gather, which makes the form dear on
-CPU (2.3 times the grouped form's time for one token, 6 times for 8) and its memory that of T K experts.
+For targets that need static shapes (QNN HTP, which was checked to take the whole graph; TensorRT): no NonZero, Loop,
+If, or Split of runtime sizes; with a fixed number of tokens all shapes are constants. No matrix is turned or copied but
+by the Gather, which makes the form dear on CPU (2.3 times the grouped form's time for one token, 6 times for 8) and its
+memory that of T K experts.
 
 Exact for every routing: ties and duplicate indices, no tokens at all, and dropped slots (index = E: expert 0 computes
 them, and their result and weight are put away whole, since a product with 0 is NaN for an infinite one). Enters If,
@@ -16,7 +17,8 @@ Loop and Scan bodies.
 
 Quantized weights (outputs of DequantizeLinear) are gathered as integers with their scales and zero points, and only
 what was gathered is dequantized, by Cast, Sub and Mul; blocks along either axis of a matrix, one scale an output, an
-input, an expert or for all. Integers below a byte are gathered as bytes.
+input, an expert or for all. Integers below a byte are gathered as bytes. QNN HTP leaves the Gather of integers to the
+CPU, and takes the rest.
 
 Refused: blocks of quantized weights that run across experts, experts that do not begin on whole bytes, integers or
 scales that are no constants; numbers of experts that the graph does not tell; opsets below 18. `Combine` (experts of

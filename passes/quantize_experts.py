@@ -8,9 +8,10 @@ through it and multiply by the integers as they are stored. Elements along the i
     bits=4   `block` of them (16 to 256, a power of two; by default 32), quantized by ORT's own quantizer
     bits=8   by default a whole row: one storage serves MatMulNBits, DynamicQuantizeMatMul and QMoE
 
-Where inputs are no multiple of the block, the largest power of two that divides them takes its place. Zero points are
-the middle of the range, or with symmetric=false chosen for each block. Matrices that lie `[inputs, outputs]` are
-turned, so that blocks run along the inputs. Scales have the weights' type: MatMulNBits and QMoE take float16 as it is.
+Where inputs are no multiple of the block, the largest power of two that divides them takes its place if it is 16 or
+more; else the last block of a row is shorter. Zero points are the middle of the range, or with symmetric=false chosen
+for each block. Matrices that lie `[inputs, outputs]` are turned, so that blocks run along the inputs. Scales have the
+weights' type: MatMulNBits and QMoE take float16 as it is.
 
 The block's node is marked with what kernels may do with activations: `int8` rounds them to 8 bits where ORT has such a
 kernel (3 to 30 times faster at one token), `float` keeps them.
@@ -20,7 +21,7 @@ biases and shared experts stay in float. Block-wise DequantizeLinear needs opset
 If, Loop and Scan bodies; functions were inlined before.
 
 Refused: weights that are quantized already, that are not constants of the model, or of another type than float32 and
-float16; inputs that 16 does not divide, which no kernel multiplies by; models that cannot become opset 21.
+float16; an odd number of inputs, in 4 bits; models that cannot become opset 21.
 """
 
 from __future__ import annotations
@@ -120,15 +121,16 @@ class QuantizeExperts(Pass):
                 return f"{role} is {dtype}, not float32 or float16", "export with --dtype float32"
         if not block.experts:
             return "it has no experts", ""
-        if _divisor(block) < _SMALLEST:
-            sizes = " and ".join(str(size) for size in sorted(set(_inputs(block))))
-            reason = f"its matrices have {sizes} inputs, and {_SMALLEST} must divide them"
-            return reason, "no kernel of ONNX Runtime multiplies by such integers"
+        odd = next((size for size in _inputs(block) if size * self.bits % 8), None)
+        if odd is not None:
+            return f"rows of {odd} inputs do not end on whole bytes in {self.bits} bits", "quantize to 8 bits"
         return None
 
     def _width(self, block: MoEBlock) -> Width:
         wanted = self.block or (32 if self.bits == 4 else 0)
-        return Width(self.bits, min(wanted, _divisor(block)), self.symmetric)
+        shared = math.gcd(*_inputs(block))
+        fitting = shared & -shared
+        return Width(self.bits, min(wanted, fitting) if fitting >= _SMALLEST else wanted, self.symmetric)
 
 
 def _inputs(block: MoEBlock) -> list[int]:
@@ -136,12 +138,6 @@ def _inputs(block: MoEBlock) -> list[int]:
     axis = 2 if block.spec.weight_layout == WeightLayout.OUT_IN else 1
     tensors = [block.weights[role].const_value for role in block.spec.roles]
     return [tensor.shape.numpy()[axis] for tensor in tensors if tensor is not None]
-
-
-def _divisor(block: MoEBlock) -> int:
-    """The largest power of two that divides the inputs of every matrix."""
-    shared = math.gcd(*_inputs(block))
-    return shared & -shared
 
 
 class _Work:

@@ -158,7 +158,7 @@ def _router(emit: Emitter, found: Contrib) -> tuple[ir.Value, ir.Value]:
     if picked is None and not softmax_first:
         weight = emit.op("Softmax", chosen, axis=-1)
     elif found.normalize:
-        total = emit.op("ReduceSum", chosen, emit.ints(-1), keepdims=1)
+        total = emit.op("ReduceSum", chosen, emit.ints(1), keepdims=1)
         if picked is not None:  # weights that cancel become 0
             cancelled = emit.op("Equal", total, emit.scalar(0.0, _FLOAT))
             total = emit.op("Where", cancelled, emit.scalar(math.inf, _FLOAT), total)

@@ -10,10 +10,12 @@ each behind its rows. Several `Combine` of one routing (a module with several ou
 
 Operators of which ORT is not known to run on 0 rows (Einsum crashes, GroupNormalization fails) stand in an If that a
 cold expert skips. A Reshape with -1 behind the rows fails there too; it gets its sizes as numbers where they are known.
+Of a block that is wanted in the form branched, every expert stands in such an If.
 
 Each body is proved again to treat its rows one by one, with the sizes that the graph tells. Refused: one that is not; a
 stack of anything but calls on the same rows; results of the experts that others read too; sizes that are not known
-where one of the above needs them; numbers of experts that the graph does not tell; opsets below 18.
+where one of the above needs them; numbers of experts that the graph does not tell; opsets below 18; the form branched
+for blocks in the body of an If, Loop or Scan whose weights lie outside of it.
 """
 
 from __future__ import annotations
@@ -28,14 +30,16 @@ import onnx_ir as ir
 from sparse_onnx.blocks import CombineBlock, combine_blocks
 from sparse_onnx.blocks.dispatch import Dispatch, emit_combine, emit_dispatch, emit_pieces
 from sparse_onnx.blocks.lowered import FORM_KEY, NAME_KEY, LoweredBlock, record_lowered
+from sparse_onnx.blocks.lowering import strike, wanted
 from sparse_onnx.core.passes import Outcome, Pass
 from sparse_onnx.core.report import Refusal
 from sparse_onnx.graph.build import Emitter, Namespace
 from sparse_onnx.matching.block import remove_dead
 from sparse_onnx.matching.bodies import typed
-from sparse_onnx.matching.body_rows import emit_body, guarded, runs_on_no_rows
+from sparse_onnx.matching.body_rows import emit_body, guarded, has_known_sizes, runs_on_no_rows
 from sparse_onnx.matching.rowwise import Proof, prove
 
+_GROUPED, _BRANCHED = "grouped", "branched"
 _SIZES_HINT = "save the model with its inferred shapes"
 
 
@@ -54,22 +58,32 @@ class RouteExperts(Pass):
         refusals, lowered, matched = [], [], 0
         for nodes in groups.values():
             group = [block for node in nodes if (block := CombineBlock.of(node)) is not None]
-            matched += len(group)
-            try:
-                plan = _plan(group, model)
-            except _Refused as error:
-                refusals += [
-                    Refusal(f"block '{block.name}': {error}", block.node.name or "", error.hint, self.name)
-                    for block in group
-                ]
-                continue
-            lowered += [LoweredBlock.of(block, form="grouped") for block in group]
-            _rewrite(plan, names)
-            for each in plan.functions:
-                for domain, version in each.opset_imports.items():
-                    model.opset_imports.setdefault(domain, version)
+            forms = _forms(group[0].node)
+            matched += len(group) if forms else 0
+            for form in forms:
+                try:
+                    plan = _plan(group, model, form)
+                except _Refused as error:
+                    for block in group:
+                        reason = f"block '{block.name}': {error}"
+                        found = Refusal(reason, block.node.name or "", error.hint, self.name)
+                        refusals += [found] if found not in refusals else []
+                        strike(block.node, form)
+                    continue
+                lowered += [LoweredBlock.of(block, form=form) for block in group]
+                _rewrite(plan, names)
+                for each in plan.functions:
+                    for domain, version in each.opset_imports.items():
+                        model.opset_imports.setdefault(domain, version)
+                break
         record_lowered(model, lowered)
         return Outcome(model, bool(lowered), matched, len(lowered), tuple(refusals))
+
+
+def _forms(node: ir.Node) -> list[str]:
+    """The forms to try, best first; none for a block that is only wanted in other forms."""
+    forms = [form.name for form in wanted(node)]
+    return [form for form in forms if form in (_GROUPED, _BRANCHED)] if forms else [_GROUPED]
 
 
 class _Refused(Exception):
@@ -82,6 +96,7 @@ class _Refused(Exception):
 class _Plan:
     """Blocks with the same experts and routing; body and proof of each expert."""
 
+    form: str
     blocks: Sequence[CombineBlock]
     tokens: ir.Value
     experts: int
@@ -95,7 +110,7 @@ class _Plan:
         return [size if isinstance(size, int) else None for size in self.proofs[0].outputs[at].dims[1:]]
 
 
-def _plan(group: Sequence[CombineBlock], model: ir.Model) -> _Plan:
+def _plan(group: Sequence[CombineBlock], model: ir.Model, form: str) -> _Plan:
     opset = model.opset_imports.get("", 0)
     if opset < 18:
         raise _Refused(
@@ -135,18 +150,33 @@ def _plan(group: Sequence[CombineBlock], model: ir.Model) -> _Plan:
                 f"expert {number} is not known to treat its rows one by one: {what}",
                 "an expert must compute each row of its result from that row alone",
             )
-        unknown = any(not isinstance(size, int) for kind in proof.outputs for size in kind.dims[1:])
-        if unknown and not runs_on_no_rows(proof):
+        if not has_known_sizes(proof) and (form == _BRANCHED or not runs_on_no_rows(proof)):
+            why = "is to be skipped" if form == _BRANCHED else "cannot run on 0 rows"
             raise _Refused(
-                f"expert {number} cannot run on 0 rows, and the sizes of its results are not known from the graph",
+                f"expert {number} {why}, and the sizes of its results are not known from the graph",
                 _SIZES_HINT,
             )
         functions.append(function)
         proofs.append(proof)
-    plan = _Plan(group, tokens, first.experts, first.top_k, functions, proofs)
+    if form == _BRANCHED and any(
+        _lies_outside(value, first.node) for node in nodes for value in node.inputs[1:]
+    ):
+        raise _Refused(
+            "it stands in the body of an If, Loop or Scan, and its weights outside of it: ORT does not prepack weights "
+            "that lie two graphs out",
+            "take the form grouped",
+        )
+    plan = _Plan(form, group, tokens, first.experts, first.top_k, functions, proofs)
     for block in group:
         _check(block, plan)
     return plan
+
+
+def _lies_outside(value: ir.Value | None, node: ir.Node) -> bool:
+    if value is None:
+        return False
+    holder = value.producer()
+    return (value if holder is None else holder).graph is not node.graph
 
 
 def _check(block: CombineBlock, plan: _Plan) -> None:
@@ -190,7 +220,7 @@ def _rewrite(plan: _Plan, names: Namespace) -> None:
     first = plan.blocks[0]
     graph = first.node.graph
     assert isinstance(graph, ir.Graph)
-    emit = _emitter(first, names)
+    emit = _emitter(first, names, plan.form)
     dispatch = emit_dispatch(emit, first.expert_index, plan.experts, plan.top_k)
     pieces = emit_pieces(emit, dispatch, plan.tokens)
     calls = first.nodes
@@ -199,23 +229,23 @@ def _rewrite(plan: _Plan, names: Namespace) -> None:
     for number, (node, proof) in enumerate(zip(calls, plan.proofs, strict=True)):
         weights = [value for value in node.inputs[1:] if value is not None]
         piece = pieces[number]
-        if runs_on_no_rows(proof):
+        if plan.form == _GROUPED and runs_on_no_rows(proof):
             results.append(emit_body(emit, proof, [piece, *weights]))
             continue
         if hits is None:
             hits = _hits(emit, dispatch)
-        results.append(guarded(emit, names, hits[number], proof, [piece, *weights]))
+        results.append(guarded(emit, hits[number], proof, [piece, *weights]))
     dropped = pieces[plan.experts] if dispatch.bins > plan.experts else None
     for block in plan.blocks:
-        emit = emit if block is first else _emitter(block, names)
+        emit = emit if block is first else _emitter(block, names, plan.form)
         at = block.calls[0].index() or 0
         _combine(emit, block, plan, dispatch, [each[at] for each in results], dropped)
 
 
-def _emitter(block: CombineBlock, names: Namespace) -> Emitter:
+def _emitter(block: CombineBlock, names: Namespace, form: str) -> Emitter:
     graph = block.node.graph
     assert isinstance(graph, ir.Graph)
-    return Emitter(graph, names, block.name, {NAME_KEY: block.name, FORM_KEY: "grouped"})
+    return Emitter(graph, names, block.name, {NAME_KEY: block.name, FORM_KEY: form})
 
 
 def _hits(emit: Emitter, dispatch: Dispatch) -> Sequence[ir.Value]:

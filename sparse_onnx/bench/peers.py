@@ -81,6 +81,7 @@ class _Entry:
 
 
 def _moe(name: str, setting: Setting) -> Peer:
+    # Without the biases of zeros that genai's builder adds: they only cost time.
     path = setting.file("peer-moe", lambda path: rivals.build_contrib_moe(setting.layers, path))
     return OnnxFile(name, path, setting.threads)
 

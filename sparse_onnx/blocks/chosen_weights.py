@@ -115,13 +115,13 @@ class ChosenWeights:
         """``[S, A, B]`` the stored integers as numbers."""
         emit, stored = self.emit, weight.data.dtype
         if stored.bitwidth >= 8:
-            return emit.op("Cast", self._chosen(weight.values[0]), to=dtype)
+            return self._numbers(self._chosen(weight.values[0]), stored, dtype)
         count = 8 // stored.bitwidth
         shape = weight.shape[0], math.prod(weight.shape[1:]) // count
         packed = self._put(
             value, "bytes", retyped(weight.data, ir.DataType.UINT8, shape, f"{value.name}.bytes")
         )
-        rest = emit.op("Cast", self._chosen(packed), to=dtype)
+        rest = self._numbers(self._chosen(packed), ir.DataType.UINT8, dtype)
         digits = []
         for _ in range(count - 1):
             higher, digit = self._divided(rest, 1 << stored.bitwidth, dtype)
@@ -137,6 +137,12 @@ class ChosenWeights:
             whole = emit.scalar(1 << stored.bitwidth, dtype)
             numbers = emit.op("Sub", numbers, emit.op("Mul", negative, whole))
         return emit.op("Reshape", numbers, emit.ints(-1, *weight.shape[1:]))
+
+    def _numbers(self, value: ir.Value, stored: ir.DataType, dtype: ir.DataType) -> ir.Value:
+        """A cast. QNN 2.7 on HTP casts bytes to float as if they were bool; by way of int32 it does not."""
+        if stored == ir.DataType.UINT8:
+            value = self.emit.op("Cast", value, to=ir.DataType.INT32)
+        return self.emit.op("Cast", value, to=dtype)
 
     def _divided(self, number: ir.Value, by: int, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
         """Quotient and remainder of whole numbers by a power of two: exact in every floating-point type."""
@@ -167,7 +173,7 @@ class ChosenWeights:
         elif axis == 0 and not one:
             held = emit.op("Unsqueeze", emit.op("Gather", held, self.slots), emit.ints(-1))
         if stored != dtype:
-            held = emit.op("Cast", held, to=dtype)
+            held = self._numbers(held, stored, dtype)
         if one or (not weight.block and axis != 1) or (weight.block and _blocks_of(weight) == 1):
             return held
         held = emit.op("Unsqueeze", held, emit.ints(axis + 1 if weight.block else -1))

@@ -36,9 +36,9 @@ def emit_logits(emit: Emitter, block: MoEBlock) -> tuple[ir.Value, ir.Value]:
     assert experts is not None
     if weight.dtype != _FLOAT:
         weight = emit.op("Cast", weight, to=_FLOAT)
-    last = emit.ints(-1)
+    axis = emit.ints(1)  # a negative one leaves ORT before 1.32 with [0, E] for no tokens
     if never_dropped(index, experts):
-        total = weight if block.top_k == 1 else emit.op("ReduceSum", weight, last, keepdims=1)
+        total = weight if block.top_k == 1 else emit.op("ReduceSum", weight, axis, keepdims=1)
         none = emit.op("Expand", emit.constant(np.zeros((1, experts), np.float32)), emit.op("Shape", total))
         part = emit.op("Div", weight, total)
         share = emit.op("ScatterElements", none, index, part, axis=1, reduction="add")
@@ -47,8 +47,8 @@ def emit_logits(emit: Emitter, block: MoEBlock) -> tuple[ir.Value, ir.Value]:
         shape = emit.op("Concat", height, emit.ints(experts + 1), axis=0)
         none = emit.op("Expand", emit.scalar(0.0, _FLOAT), shape)
         spread = emit.op("ScatterElements", none, index, weight, axis=1, reduction="add")
-        kept = emit.op("Slice", spread, emit.ints(0), emit.ints(experts), emit.ints(1))
-        total = emit.op("ReduceSum", kept, last, keepdims=1)
+        kept = emit.op("Slice", spread, emit.ints(0), emit.ints(experts), axis)
+        total = emit.op("ReduceSum", kept, axis, keepdims=1)
         share = emit.op("Div", kept, total)
     logits = emit.op("Log", share)
     return logits if block.dtype == _FLOAT else emit.op("Cast", logits, to=block.dtype), total

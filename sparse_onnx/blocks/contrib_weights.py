@@ -13,6 +13,7 @@ What the CPU kernel makes of quantized weights, measured on ORT 1.24 to 1.32:
     4 bits in blocks                 exact, but for accuracy_level 4: activations are rounded to 8 bits
     8 bits in blocks                 from ORT 1.31 on activations are always rounded to 8 bits
     zero points of one block a row   another layout in ORT 1.24 than in 1.32
+    one block a row in fc1 alone     up to ORT 1.30 fc2 is held to have one, too
     zero points of fc1 alone         up to ORT 1.30 fc2 is quantized again, and is off by 3 %
 """
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -101,8 +103,10 @@ def quantized_format(block: MoEBlock, weights: dict[str, Quantized], rounded: bo
             "quantize to one scale a row, or with a step that allows it (--quantize int8)",
         )
     block_size = min(_fitting(inputs[role], weight.block) for role, weight in weights.items())
-    if points and block_size == min(inputs.values()):
-        block_size //= 2
+    single = [role for role, size in inputs.items() if size == block_size]
+    apart = block.spec.roles[0] in single and len(single) < len(inputs) and not rounded
+    if single and (points or apart):
+        block_size //= 2  # kernels that still run such models misread what belongs to one block a row
     if block_size >= _BLOCKS[0]:
         return Format(width, block_size, points)
     if whole_rows:
@@ -131,166 +135,147 @@ def _fitting(inputs: int, block: int) -> int:
     return min(shared & -shared, _BLOCKS[1])
 
 
-class ContribWeights:
-    """Both projections of one block. What must be computed or retyped becomes initializers of the graph that holds the
-    block's own weights, shared by all blocks with the same weights.
+def projections(block: MoEBlock, names: Namespace, form: Format | None) -> tuple[Projection, Projection]:
+    """Both projections of a block, fc1 and fc2.
+
+    What must be retyped or computed becomes initializers of the graph that holds the block's own weights, shared by all
+    blocks with the same weights.
 
     Args:
         block: whose weights can be cut into experts.
         names: of the model.
         form: of quantized weights; None where they are not.
     """
+    roles = block.spec.roles
+    first = _Source(block, names, form, roles[:-1], block.spec.gate_layout)
+    return first.projection(), _Source(block, names, form, roles[-1:], GateLayout.NONE).projection()
 
-    def __init__(self, block: MoEBlock, names: Namespace, form: Format | None) -> None:
-        self.block, self.names, self.form = block, names, form
-        self.quantized = quantized_roles(block)
+
+class _Source:
+    """The matrices of one projection: one, or gate's and up's."""
+
+    def __init__(
+        self, block: MoEBlock, names: Namespace, form: Format | None, roles: tuple[str, ...], gate: GateLayout
+    ) -> None:
+        self.names, self.form, self.gate, self.dtype = names, form, gate, block.dtype
+        self.values = [block.weights[role] for role in roles]
+        self.biases = [block.weights[f"{role}_bias"] for role in roles]
+        self.quantized = [weight for value in self.values if (weight := Quantized.of(value)) is not None]
         self.turned = block.spec.weight_layout is WeightLayout.IN_OUT
+        self.in_turn = gate in (GateLayout.CONCATENATED, GateLayout.SEPARATE)
+        self.experts = block.experts or 0
 
-    def projections(self) -> tuple[Projection, Projection]:
-        """fc1 and fc2."""
-        roles = self.block.spec.roles
-        return self._projection(roles[:-1], self.block.spec.gate_layout), self._projection(roles[-1:], None)
-
-    def _projection(self, roles: tuple[str, ...], gate: GateLayout | None) -> Projection:
-        bias = self._bias(roles, gate)
+    def projection(self) -> Projection:
+        biased = not all(map(is_zero, self.biases))
+        bias = self._floats("bias", self.biases, turned=False) if biased else None
         if self.form is None:
-            return Projection(self._matrix(roles, gate), bias)
-        points = self._points(roles, gate) if self.form.points else None
-        return Projection(self._bytes(roles, gate), bias, self._scales(roles, gate), points)
+            return Projection(self._floats("weight", self.values, self.turned), bias)
+        points = self._points(self.form) if self.form.points else None
+        return Projection(self._bytes(self.form), bias, self._scales(self.form), points)
 
-    def _bias(self, roles: tuple[str, ...], gate: GateLayout | None) -> ir.Value | None:
-        values = [self.block.weights[f"{role}_bias"] for role in roles]
-        if all(map(is_zero, values)):
-            return None
-        return self._packed(values, "bias", gate, [_constant(value) for value in values])
-
-    def _matrix(self, roles: tuple[str, ...], gate: GateLayout | None) -> ir.Value:
-        values = [self.block.weights[role] for role in roles]
-        return self._packed(
-            values, "weight", gate, [_constant(value) for value in values], turned=self.turned
-        )
-
-    def _packed(
-        self,
-        values: list[ir.Value],
-        what: str,
-        gate: GateLayout | None,
-        tensors: list[ir.TensorProtocol],
-        turned: bool = False,
-    ) -> ir.Value:
-        """``[E, N, ...]`` of floats, as it is where it can be."""
-        if not turned and not _interleaves(gate):
+    def _floats(self, what: str, values: list[ir.Value], turned: bool) -> ir.Value:
+        """``[E, N, ...]``, as it is where it can be."""
+        if not turned and not self.in_turn:
             return values[0]
         parts = []
-        for expert in range(tensors[0].shape.numpy()[0]):
-            own = [slice_first_axis(tensor, expert, f"{tensor.name}.{expert}") for tensor in tensors]
-            if turned:
-                own = [transpose(tensor, tensor.name or "") for tensor in own]
-            parts.append(_in_turn(own, gate))
-        return self._put(values, what, gate, stack(parts, f"{values[0].name}.{_LABEL[what]}"))
-
-    def _bytes(self, roles: tuple[str, ...], gate: GateLayout | None) -> ir.Value:
-        assert self.form is not None
-        weights = [self.quantized[role] for role in roles]
-        values = [self.block.weights[role] for role in roles]
-        signed = any(weight.data.dtype in _SIGNED for weight in weights)
-        name, data = f"{values[0].name}.{_LABEL['data']}", weights[0].data
-        if not (self.turned or signed or _interleaves(gate) or isinstance(data, FirstAxis)):
-            experts, rows, columns = weights[0].shape
-            shape = (experts, rows, columns * self.form.bits // 8)
-            return self._put(values, "data", gate, retyped(data, _BYTE, shape, name))
-        parts = []
-        for expert in range(weights[0].shape[0]):
-            own = [self._part(weight, expert) for weight in weights]
-            parts.append(_in_turn([_unsigned_bytes(part) for part in own], gate))
-        return self._put(values, "data", gate, stack(parts, name))
-
-    def _scales(self, roles: tuple[str, ...], gate: GateLayout | None) -> ir.Value:
-        form, weights = self.form, [self.quantized[role] for role in roles]
-        assert form is not None
-        values = [self.block.weights[role] for role in roles]
-        name, scale, dtype = f"{values[0].name}.{_LABEL['scales']}", weights[0].scale, self.block.dtype
-        whole = not (self.turned or _interleaves(gate))
-        if whole and form.block == weights[0].block:
-            return weights[0].values[1]
-        if whole and not form.block and not isinstance(scale, FirstAxis):
-            return self._put(values, "scales", gate, retyped(scale, dtype, weights[0].shape[:2], name))
-        parts = []
-        for expert in range(weights[0].shape[0]):
+        for expert in range(self.experts):
             own = []
-            for part in (self._part(weight, expert) for weight in weights):
-                rows, columns = part.shape
-                shape = (rows, columns // form.block) if form.block else (rows,)
-                recipe = Repeat(_times(part.block, form.block), shape)
-                own.append(computed(recipe, (part.scale,), dtype, shape, name))
-            parts.append(_in_turn(own, gate))
-        return self._put(values, "scales", gate, stack(parts, name))
+            for value in values:
+                assert value.const_value is not None
+                part = slice_first_axis(value.const_value, expert, f"{value.name}.{expert}")
+                own.append(transpose(part, part.name or "") if turned else part)
+            parts.append(self._rows(own))
+        return self._put(what, values, stack(parts, f"{values[0].name}.moe"))
 
-    def _points(self, roles: tuple[str, ...], gate: GateLayout | None) -> ir.Value:
+    def _bytes(self, form: Format) -> ir.Value:
+        """``[E, N, K bits / 8]``"""
+        first = self.quantized[0]
+        signed = any(weight.data.dtype in _SIGNED for weight in self.quantized)
+        if self._whole(first.data) and not signed:
+            experts, rows, columns = first.shape
+            data = retyped(first.data, _BYTE, (experts, rows, columns * form.bits // 8), self._name("qmoe"))
+            return self._put("data", self.values, data)
+        return self._put("data", self.values, self._stack(_unsigned_bytes, "qmoe"))
+
+    def _scales(self, form: Format) -> ir.Value:
+        """``[E, N, blocks]``, or ``[E, N]`` with one a row."""
+        first = self.quantized[0]
+        if self._whole(first.scale) and form.block == min(first.block, first.shape[2]):
+            return first.values[1]
+        if self._whole(first.scale) and not form.block:
+            scales = retyped(first.scale, self.dtype, first.shape[:2], self._name("qmoe_scales"))
+            return self._put("scales", self.values, scales)
+
+        def own(part: Quantized) -> ir.TensorProtocol:
+            shape = _grid(part, form)
+            recipe = Repeat(_times(part, form), shape)
+            return computed(recipe, (part.scale,), self.dtype, shape, part.scale.name or "")
+
+        return self._put("scales", self.values, self._stack(own, "qmoe_scales"))
+
+    def _points(self, form: Format) -> ir.Value:
         """``[E, N, blocks]``, rows packed into bytes; ``[E, N]``, experts packed into bytes, with one scale a row."""
-        form, weights = self.form, [self.quantized[role] for role in roles]
-        assert form is not None
-        values = [self.block.weights[role] for role in roles]
-        name, held = f"{values[0].name}.{_LABEL['points']}", weights[0].zero_point
-        each = 8 // form.bits
-        whole = not (self.turned or _interleaves(gate)) and form.block in (0, weights[0].block)
-        if whole and held is not None and held.dtype in _UNSIGNED and not isinstance(held, FirstAxis):
-            *lead, last = held.shape.numpy() if form.block else held.shape.numpy()[:2]
+        first, each = self.quantized[0], 8 // form.bits
+        held, same = first.zero_point, form.block in (0, min(first.block, first.shape[-1]))
+        if held is not None and same and self._whole(held) and held.dtype in _UNSIGNED:
+            *lead, last = held.shape.numpy()[: 3 if form.block else 2]
             if last % each == 0:
-                return self._put(values, "points", gate, retyped(held, _BYTE, (*lead, last // each), name))
+                points = retyped(held, _BYTE, (*lead, last // each), self._name("qmoe_zero_points"))
+                return self._put("points", self.values, points)
+
+        def own(part: Quantized) -> ir.TensorProtocol:
+            middle = 1 << (form.bits - 1) if part.data.dtype in _SIGNED else 0
+            shape = _grid(part, form)
+            if part.zero_point is None:
+                return ir.Tensor(np.full(shape, middle, np.uint8))
+            recipe = Points(middle, _times(part, form), shape)
+            return computed(recipe, (part.zero_point,), _BYTE, shape, part.zero_point.name or "")
+
+        def packed(rows: ir.TensorProtocol) -> ir.TensorProtocol:
+            *lead, last = rows.shape.numpy()
+            return computed(Pack(form.bits), (rows,), _BYTE, (*lead, -(-last // each)), rows.name or "")
+
+        return self._put("points", self.values, self._stack(own, "qmoe_zero_points", packed))
+
+    def _whole(self, tensor: ir.TensorProtocol) -> bool:
+        """Whether all experts' rows are as they are wanted, one behind the other."""
+        return not (self.turned or self.in_turn or isinstance(tensor, FirstAxis))
+
+    def _stack(
+        self,
+        make: Callable[[Quantized], ir.TensorProtocol],
+        label: str,
+        finish: Callable[[ir.TensorProtocol], ir.TensorProtocol] | None = None,
+    ) -> ir.TensorProtocol:
+        """What is made of each expert's matrices ``[N, K]``, their blocks along K, then of all of its rows."""
         parts = []
-        for expert in range(weights[0].shape[0]):
+        for expert in range(self.experts):
             own = []
-            for part in (self._part(weight, expert) for weight in weights):
-                rows, columns = part.shape
-                shape = (rows, columns // form.block) if form.block else (rows,)
-                own.append(_points(part, form, shape, name))
-            turns = _in_turn(own, gate)
-            *lead, last = turns.shape.numpy()
-            parts.append(computed(Pack(form.bits), (turns,), _BYTE, (*lead, -(-last // each)), name))
-        return self._put(values, "points", gate, stack(parts, name))
+            for weight in self.quantized:
+                part = weight.part(expert, f"{weight.data.name}.{expert}")
+                own.append(make(part.turned() if self.turned else part))
+            rows = self._rows(own)
+            parts.append(rows if finish is None else finish(rows))
+        return stack(parts, self._name(label))
 
-    def _part(self, weight: Quantized, expert: int) -> Quantized:
-        """One expert's ``[N, K]``, with its blocks along K."""
-        part = weight.part(expert, f"{weight.data.name}.{expert}")
-        return part.turned() if self.turned else part
+    def _rows(self, parts: list[ir.TensorProtocol]) -> ir.TensorProtocol:
+        """One expert's rows in the operator's order."""
+        first, name = parts[0], parts[0].name or ""
+        if self.gate is GateLayout.CONCATENATED:
+            rows, *rest = first.shape.numpy()
+            both = retyped(first, first.dtype, (2, rows // 2, *rest), name)
+            parts = [slice_first_axis(both, half, name) for half in range(2)]
+        return interleave(parts[0], parts[1], name) if self.in_turn else first
 
-    def _put(
-        self, values: list[ir.Value], what: str, gate: GateLayout | None, tensor: ir.TensorProtocol
-    ) -> ir.Value:
+    def _name(self, label: str) -> str:
+        return f"{self.values[0].name}.{label}"
+
+    def _put(self, what: str, values: list[ir.Value], tensor: ir.TensorProtocol) -> ir.Value:
         quantized = Quantized.of(values[0])
         graph = (values[0] if quantized is None else quantized.values[0]).graph
         assert isinstance(graph, ir.Graph)
-        key = (what, *(value.name for value in values), gate, self.turned, self.form)
-        return self.names.initializer(graph, ("contrib", *key), tensor)
-
-
-_LABEL = {
-    "weight": "moe",
-    "bias": "moe",
-    "data": "qmoe",
-    "scales": "qmoe_scales",
-    "points": "qmoe_zero_points",
-}
-
-
-def _constant(value: ir.Value) -> ir.TensorProtocol:
-    assert value.const_value is not None
-    return value.const_value
-
-
-def _interleaves(gate: GateLayout | None) -> bool:
-    return gate in (GateLayout.CONCATENATED, GateLayout.SEPARATE)
-
-
-def _in_turn(parts: list[ir.TensorProtocol], gate: GateLayout | None) -> ir.TensorProtocol:
-    """One expert's rows in the operator's order."""
-    first = parts[0]
-    if gate is GateLayout.CONCATENATED:
-        rows, *rest = first.shape.numpy()
-        both = retyped(first, first.dtype, (2, rows // 2, *rest), first.name or "")
-        parts = [slice_first_axis(both, half, first.name or "") for half in range(2)]
-    return interleave(parts[0], parts[1], first.name or "") if _interleaves(gate) else first
+        key = ("contrib", what, *(value.name for value in values), self.gate, self.turned, self.form)
+        return self.names.initializer(graph, key, tensor)
 
 
 def _unsigned_bytes(part: Quantized) -> ir.TensorProtocol:
@@ -304,15 +289,12 @@ def _unsigned_bytes(part: Quantized) -> ir.TensorProtocol:
     return computed(Flip(0x80 if bits == 8 else 0x88), (raw,), _BYTE, shape, name)
 
 
-def _points(part: Quantized, form: Format, shape: tuple[int, ...], name: str) -> ir.TensorProtocol:
-    """One expert's zero points ``[N, blocks]`` or ``[N]``, a byte each."""
-    middle = 1 << (form.bits - 1) if part.data.dtype in _SIGNED else 0
-    if part.zero_point is None:
-        return ir.Tensor(np.full(shape, middle, np.uint8), name=name)
-    recipe = Points(middle, _times(part.block, form.block), shape)
-    return computed(recipe, (part.zero_point,), _BYTE, shape, name)
+def _grid(part: Quantized, form: Format) -> tuple[int, ...]:
+    """How many scales one expert's ``[N, K]`` has."""
+    rows, columns = part.shape
+    return (rows, columns // form.block) if form.block else (rows,)
 
 
-def _times(old: int, new: int) -> int:
-    """How many new blocks have the scale of an old one; the last old block may be cut short."""
-    return -(-old // new) if new else 1
+def _times(part: Quantized, form: Format) -> int:
+    """How many blocks have the scale of one that the part has; its last one may be cut short."""
+    return -(-part.block // form.block) if form.block else 1

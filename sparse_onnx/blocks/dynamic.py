@@ -18,7 +18,6 @@ x86 processors without VNNI multiply such operands by an instruction that satura
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import numpy as np
 import onnx_ir as ir
@@ -27,7 +26,8 @@ from sparse_onnx.blocks.nbits import DOMAIN
 from sparse_onnx.blocks.quantized import Quantized
 from sparse_onnx.graph.build import Emitter
 from sparse_onnx.graph.external import read_array
-from sparse_onnx.graph.stacked import stored
+from sparse_onnx.graph.retyped import retyped
+from sparse_onnx.graph.stacked import computed, stored
 
 _MIDDLE = 128
 
@@ -44,11 +44,16 @@ class Rows:
         """Of one expert's matrix ``[N, K]`` without an `obstacle`."""
         outputs, inputs = weight.shape
         name = weight.data.name or "weight"
-        turn = functools.partial(_turned, weight.data)
-        data = ir.LazyTensor(turn, ir.DataType.INT8, ir.Shape([inputs, outputs]), name=name)
-        flatten = functools.partial(_flat, weight.scale)
-        scales = ir.LazyTensor(flatten, weight.scale.dtype, ir.Shape([outputs]), name=weight.scale.name)
+        data = computed(_Turned(), [weight.data], ir.DataType.INT8, (inputs, outputs), name)
+        scales = retyped(weight.scale, weight.scale.dtype, (outputs,), f"{name}.scales")
         return Rows(data, scales)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turned:
+    def __call__(self, *arrays: np.ndarray) -> np.ndarray:
+        [codes] = arrays
+        return (codes ^ np.uint8(_MIDDLE)).view(np.int8).T if codes.dtype == np.uint8 else codes.T
 
 
 def obstacle(weight: Quantized) -> str:
@@ -77,16 +82,7 @@ def emit_dynamic(
 
 
 def _all_equal(zeros: ir.TensorProtocol, number: int) -> bool:
-    parts = {id(part): part for part in stored(zeros)}  # of a stack, one part may be all
-    return all(bool((read_array(part) == number).all()) for part in parts.values())
-
-
-def _turned(data: ir.TensorProtocol) -> ir.Tensor:
-    codes = read_array(data)
-    if codes.dtype == np.uint8:
-        codes = (codes ^ _MIDDLE).view(np.int8)
-    return ir.Tensor(np.ascontiguousarray(codes.T))
-
-
-def _flat(scales: ir.TensorProtocol) -> ir.Tensor:
-    return ir.Tensor(np.array(read_array(scales)).reshape(-1))
+    parts = {id(part): part for part in stored(zeros)}.values()  # of a stack, one part may be all
+    if any(isinstance(part, ir.LazyTensor) for part in parts):
+        return False  # computed from the weights, and so not the same for all of them
+    return all(bool((read_array(part) == number).all()) for part in parts)

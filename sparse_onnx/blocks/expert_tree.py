@@ -1,4 +1,4 @@
-"""A loop over the experts that have tokens; a tree of If finds the one whose turn it is. Its weights lie in its leaf."""
+"""A loop over the experts that have tokens; a tree of If finds the one whose turn it is. Weights lie in its leaves."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def emit_loop(
 
     # A sequence of nothing cannot be joined.
     nothing = emit.constant(np.zeros((0, block.hidden_out), block.dtype.numpy()))
-    results = emit.op("Loop", emit.op("Size", hit), None, emit.op("SequenceConstruct", nothing), body=loop)
+    empty = emit.op("SequenceConstruct", nothing)
+    on = emit.constant(np.asarray(True))
+    results = emit.op("Loop", emit.op("Size", hit), on, empty, body=loop)
     results.type = before.type
     emit.names.take_back(added)
     return emit.op("ConcatFromSequence", results, axis=0)
@@ -87,10 +89,11 @@ def _chosen(
     for half in (range(experts.start, middle), range(middle, experts.stop)):
         branch = inside(emit, f"{half.start}-{half.stop - 1}")
         result = _chosen(branch, weights, half, number, rows, opset)
-        result.dtype, result.shape = weights.block.dtype, ir.Shape([None, weights.block.hidden_out])
         own = _taken_in(branch) if len(half) == 1 else []
         branches.append(Branch(branch, [result], own))
-    return emit_if(emit, emit.op("Less", number, emit.ints(middle)), *branches)[0]
+    lower = emit.op("Less", number, emit.ints(middle))
+    told = [(weights.block.dtype, (None, weights.block.hidden_out))]
+    return emit_if(emit, lower, branches[0], branches[1], told)[0]
 
 
 def _taken_in(emit: Emitter) -> list[ir.Value]:

@@ -92,7 +92,7 @@ class IntegerWeights:
 
     Args:
         source: ``[E, N, K]``, or ``[E, K, N]`` where `transposed`; float32 or float16, which is the scales' type too.
-        width: how it is to be stored; a block divides K.
+        width: how it is to be stored; 4 bits need an even K.
         transposed: whether the source's rows are outputs.
         memory: shared by the weights of a model, so that all of them together keep little.
     """
@@ -103,7 +103,7 @@ class IntegerWeights:
         experts, first, second = source.shape.numpy()
         self.experts = experts
         self.outputs, self.inputs = (second, first) if transposed else (first, second)
-        self.blocks = self.inputs // width.block if width.block else 1
+        self.blocks = -(-self.inputs // width.block) if width.block else 1
         self.data = self._stack(self._data, width.dtype, (self.outputs, self.inputs))
         self.scale = self._stack(self._scale, source.dtype, self._grid)
         self.zero_point = self._zero_points()
@@ -216,9 +216,7 @@ def quantize(matrix: np.ndarray, width: Width) -> Numbers:
         ValueError: a weight is not finite.
     """
     outputs, inputs = matrix.shape
-    if width.block and inputs % width.block:
-        raise ValueError(f"blocks of {width.block} do not divide {inputs} inputs")
-    blocks = inputs // width.block if width.block else 1
+    blocks = -(-inputs // width.block) if width.block else 1
     codes = np.empty((outputs, inputs * width.bits // 8), np.uint8)
     scales = np.empty((outputs, blocks), np.float32)
     points = np.empty((outputs, blocks), np.uint8)
@@ -240,7 +238,7 @@ def _in_blocks(rows: np.ndarray, width: Width) -> tuple[np.ndarray, np.ndarray, 
 
     quantizer = ort.quantize_matmul_4bits if width.bits == 4 else ort.quantize_matmul_8bits
     count, inputs = rows.shape
-    blocks, each = inputs // width.block, 8 // width.bits
+    blocks, each = -(-inputs // width.block), 8 // width.bits
     codes = np.zeros((count, blocks, width.block // each), np.uint8)
     scales = np.zeros((count, blocks), np.float32)
     packed = np.zeros((count, -(-blocks // each)), np.uint8)
@@ -248,7 +246,7 @@ def _in_blocks(rows: np.ndarray, width: Width) -> tuple[np.ndarray, np.ndarray, 
     quantizer(codes, columns, scales, packed, width.block, count, inputs, width.symmetric)
     shifts = np.arange(each, dtype=np.uint8) * width.bits
     points = (packed[..., None] >> shifts & ((1 << width.bits) - 1)).reshape(count, -1)[:, :blocks]
-    return codes.reshape(count, -1), scales, points
+    return codes.reshape(count, -1)[:, : inputs // each], scales, points
 
 
 def _row_by_row(rows: np.ndarray, width: Width, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -59,8 +59,9 @@ def parse_passes(texts: tuple[str, ...]) -> dict[str, dict[str, str]]:
 @click.option("--skip", metavar="NAME", multiple=True, help="Leave a pass out; repeatable.")
 @click.option(
     "--weights",
-    type=click.Choice(["link", "copy"]),
-    help="Name the input's weight file or copy it; default: link beside the input, else copy.",
+    type=click.Choice(["link", "copy", "prepacked"]),
+    help="Name the input's weight file, copy it, or copy it with packed weights, which keeps unused experts out of "
+    "memory and doubles the file; default: link beside the input, else copy.",
 )
 @click.option(
     "--verify",
@@ -85,7 +86,7 @@ def command(
     quantize: Literal["int4", "int8"] | None,
     passes: tuple[str, ...],
     skip: tuple[str, ...],
-    weights: Literal["link", "copy"] | None,
+    weights: Literal["link", "copy", "prepacked"] | None,
     verify: Literal["each", "final", "none"],
     dry_run: bool,
     explain: bool,

@@ -1,7 +1,7 @@
 """Bodies of If and Loop nodes. Their constants and weights are initializers of the graph around them.
 
-ORT prepacks a weight that a body reads from the graph right around it. It does not where the weight lies two graphs out:
-MatMul is 1.2 to 1.9 times slower then, MatMulNBits 30 times (ORT 1.32).
+ORT prepacks a weight that a body reads from the graph right around it. It does not where the weight lies two graphs
+out: MatMul is 1.2 to 1.9 times slower then, MatMulNBits 30 times (ORT 1.31).
 """
 
 from __future__ import annotations
@@ -41,16 +41,24 @@ def body(branch: Branch, name: str, inputs: Sequence[ir.Value] = ()) -> ir.Graph
     return ir.Graph(inputs, results, nodes=emit.nodes, initializers=branch.initializers, name=name)
 
 
-def emit_if(emit: Emitter, condition: ir.Value, then: Branch, other: Branch) -> Sequence[ir.Value]:
+def emit_if(
+    emit: Emitter,
+    condition: ir.Value,
+    then: Branch,
+    other: Branch,
+    told: Sequence[tuple[ir.DataType, Sequence[int | None]]] = (),
+) -> Sequence[ir.Value]:
     """What one of the branches returns.
 
     Args:
         emit: where the node goes.
         condition: one boolean.
-        then, other: results of the same types. Those of `then` have types and shapes, which the node's outputs get.
+        then, other: results of the same types.
+        told: type and axes of each result, declared on the branches too. Some engines want the rank there (OpenVINO).
     """
     branches = {"then_branch": body(then, "then"), "else_branch": body(other, "else")}
     chosen = emit.ops("If", (condition,), len(then.results), **branches)
-    for value, told in zip(chosen, then.results, strict=True):
-        value.type, value.shape = told.type, told.shape
+    for values in (chosen, *(branch.outputs for branch in branches.values())) if told else ():
+        for value, (dtype, axes) in zip(values, told, strict=True):
+            value.dtype, value.shape = dtype, ir.Shape(axes)
     return chosen

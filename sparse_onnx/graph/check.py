@@ -25,7 +25,6 @@ MAX_RANK = 64  # numpy's
 _NUMBER = re.compile(r"[0-9]{1,19}")
 _KEYS = ("location", "offset", "length", "checksum", "basepath")
 _PREPACKED = "prepacked"
-_PACKED_RANGES = re.compile(r"[^|]+((?:\|[0-9]{1,19};[1-9][0-9]{0,18};[^;|]*)+)")
 
 
 def check_model(proto: onnx.ModelProto, folder: str) -> dict[str, DataFile]:
@@ -249,19 +248,20 @@ def _size(tensor: onnx.TensorProto) -> int:
 
 
 def _packed_ranges(tensor: onnx.TensorProto) -> list[tuple[int, int]]:
-    """First byte and length of what ORT packed of the tensor for its kernels: `OPERATOR+HASH|offset;length;checksum...`.
+    """First byte and length of each piece that ORT packed of the tensor, from entries `KEY|first;length;checksum|...`.
 
-    ORT checks the file's length only, and before 1.32 not what it finds there.
+    As ORT does, passes over what has another form. It takes the file for good up to version 1.31.
     """
     ranges: list[tuple[int, int]] = []
     for entry in tensor.external_data:
-        if isinstance(entry.key, str) and entry.key.startswith(_PREPACKED):
-            match = _PACKED_RANGES.fullmatch(entry.value) if isinstance(entry.value, str) else None
-            if match is None:
-                raise ModelError(f"tensor {quoted(tensor.name)} has damaged prepacked weights", DAMAGED)
-            for place in match[1].split("|")[1:]:
-                first, length, _ = place.split(";")
-                ranges.append((int(first), int(length)))
+        if isinstance(entry.key, str) and entry.key.startswith(_PREPACKED) and isinstance(entry.value, str):
+            for piece in entry.value.split("|")[1:]:
+                first, *rest = piece.split(";")
+                if len(rest) == 2:
+                    numbers = {"offset": first, "length": rest[0]}
+                    ranges.append(
+                        (_number(tensor, numbers, "offset", 0), _number(tensor, numbers, "length", 0))
+                    )
     return ranges
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.graph.build import Emitter, Namespace
+from sparse_onnx.graph.branches import Branch, emit_if, inside
+from sparse_onnx.graph.build import Emitter
 from sparse_onnx.matching.row_kinds import Fixed, Rows
 from sparse_onnx.matching.row_rules import ELEMENTWISE, MICROSOFT, UNARY
 from sparse_onnx.matching.rowwise import Proof
@@ -103,30 +103,20 @@ def emit_body(emit: Emitter, proof: Proof, inputs: Sequence[ir.Value]) -> list[i
     return [values[value] for value in proof.graph.outputs]
 
 
-def guarded(
-    emit: Emitter, names: Namespace, hit: ir.Value, proof: Proof, inputs: Sequence[ir.Value]
-) -> Sequence[ir.Value]:
+def guarded(emit: Emitter, hit: ir.Value, proof: Proof, inputs: Sequence[ir.Value]) -> Sequence[ir.Value]:
     """The same where `hit` (one boolean) says that there are rows; else 0 rows of sizes that are all known."""
-    then = Emitter(emit.graph, names, emit.prefix, emit.metadata)
-    results = []
-    for value in emit_body(then, proof, inputs):
-        results.append(value if value.producer() in then.nodes else then.op("Identity", value))
-    other = Emitter(emit.graph, names, emit.prefix, emit.metadata)
-    nothing = []
+    then = inside(emit, "rows")
+    results = emit_body(then, proof, inputs)
+    nothing: list[ir.Value] = []
+    told: list[tuple[ir.DataType, list[int | None]]] = []
     for value, kind in zip(proof.graph.outputs, proof.outputs, strict=True):
         assert value.dtype is not None
         sizes = [size for size in kind.dims[1:] if isinstance(size, int)]
-        nothing.append(other.op("Identity", emit.constant(np.zeros((0, *sizes), value.dtype.numpy()))))
-    branches: dict[str, Any] = {}
-    for name, branch, outputs in (("then_branch", then, results), ("else_branch", other, nothing)):
-        _declare(outputs, proof)
-        branches[name] = ir.Graph([], outputs, nodes=branch.nodes, name=names.free(f"{emit.prefix}/{name}"))
-    chosen = emit.ops("If", (hit,), len(results), **branches)
-    _declare(chosen, proof)
-    return chosen
+        nothing.append(emit.constant(np.zeros((0, *sizes), value.dtype.numpy())))
+        told.append((value.dtype, [None, *sizes]))
+    return emit_if(emit, hit, Branch(then, results), Branch(inside(emit, "none"), nothing), told)
 
 
-def _declare(values: Sequence[ir.Value], proof: Proof) -> None:
-    for value, told, kind in zip(values, proof.graph.outputs, proof.outputs, strict=True):
-        value.type = told.type
-        value.shape = ir.Shape([None, *(size if isinstance(size, int) else None for size in kind.dims[1:])])
+def has_known_sizes(proof: Proof) -> bool:
+    """Whether the sizes of a row of each result are known, as `guarded` needs them."""
+    return all(isinstance(size, int) for kind in proof.outputs for size in kind.dims[1:])

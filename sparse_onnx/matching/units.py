@@ -7,7 +7,8 @@ back to nodes of the same conditions, those belong to the next one. A path may a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import graphlib
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -66,28 +67,16 @@ class _Walk:
         self.place: dict[ir.Node, tuple[Key | None, int]] = {}
         self.later: dict[ir.Node, dict[Key, int]] = {}
 
-    def ordered(self) -> list[ir.Node]:
+    def ordered(self) -> Iterable[ir.Node]:
         """The nodes, each behind what it reads and what computes its conditions.
 
         Nothing waits for itself. If all paths from n lead through a side of a Where of m, then one from n to another
         mask either does so before that mask, which m then comes before, or behind all that it chooses in, and then m
         has the last Where. Both orders go one way.
         """
-        done: dict[ir.Node, bool] = {}  # False for those that wait
-        for start in self.flow.nodes:
-            work = [start]
-            while work:
-                node = work[-1]
-                waits = [each for each in self._sources(node) if not done.get(each)]
-                if done.get(node) or not waits:
-                    done.pop(node, None)
-                    done[work.pop()] = True
-                    continue
-                if node in done:
-                    raise AssertionError(f"'{node.name}' waits for itself")
-                done[node] = False
-                work += waits
-        return list(done)
+        return graphlib.TopologicalSorter(
+            {node: self._sources(node) for node in self.flow.nodes}
+        ).static_order()
 
     def _sources(self, node: ir.Node) -> list[ir.Node]:
         values = [*self.flow.read(node), *(guard.mask for guard in self.guards[node])]

@@ -17,7 +17,7 @@ from sparse_onnx.core.collector import paused
 from sparse_onnx.core.errors import ImpossibleError, UsageError, VerificationError
 from sparse_onnx.core.passes import Outcome
 from sparse_onnx.core.report import PlacementRecord, Report, TuningRecord, VerifyRecord
-from sparse_onnx.graph import io, stats
+from sparse_onnx.graph import files, io, stats
 from sparse_onnx.graph.annotate import annotate
 from sparse_onnx.graph.save import place
 from sparse_onnx.graph.valid import invalid
@@ -25,6 +25,8 @@ from sparse_onnx.inspect.blocks import block_records
 from sparse_onnx.optimize import runner, tuning_file
 from sparse_onnx.optimize.candidates import kinds
 from sparse_onnx.optimize.choose import choose, parse_form
+from sparse_onnx.optimize.prepacked import save_prepacked
+from sparse_onnx.optimize.resident import note, residency
 from sparse_onnx.optimize.tuning_file import TuningFile
 from sparse_onnx.passes import Phase
 from sparse_onnx.passes.repair_scatter_add import RepairScatterAdd
@@ -44,7 +46,7 @@ def optimize(
     form: str = "auto",
     passes: Mapping[str, Mapping[str, str]] | None = None,
     skip: Sequence[str] = (),
-    weights: Literal["auto", "link", "copy"] = "auto",
+    weights: Literal["auto", "link", "copy", "prepacked"] = "auto",
     verify: Verify = "final",
     dry_run: bool = False,
     quantize: Literal["int4", "int8"] | None = None,
@@ -63,7 +65,8 @@ def optimize(
         form: `auto` (the target's profile decides) or one of the forms that the target takes.
         passes: options by pass name; a pass of others that is named here runs at the end of the lowering.
         skip: passes that do not run.
-        weights: `link` (name the weights where they lie), `copy`, or `auto` (link where possible).
+        weights: `link` (name the weights where they lie), `copy`, `auto` (link where possible), or `prepacked` (copy,
+            with what the kernels of this ORT and processor make of them, so that sessions keep no copies).
         verify: compare the result with the model in neutral form: once (`final`), after each pass, or not at all.
         dry_run: do everything but write.
         quantize: store the experts' weights in 4 or 8 bits, a lossy step; its options by the pass `quantize_experts`.
@@ -146,8 +149,19 @@ def optimize(
     assert out is not None
     if progress is not None:
         progress(f"writing {os.fspath(out)}")
-    saved = io.save(model, out, weights=weights)
-    report.output = stats.record(io.load(saved.path), os.fspath(out))
+    found = residency(model)
+    was_packed = weights != "prepacked" and files.mentions(Path(source), "prepacked_0")
+    if weights == "prepacked":
+        packed = save_prepacked(model, out, progress=progress)
+        resident = note(found, packed.packed_bytes)
+    else:
+        io.save(model, out, weights=weights)
+        resident = note(found)
+    report.output = stats.record(io.load(out), os.fspath(out))
+    if resident is not None:
+        report.notes.append(resident)
+    if was_packed:
+        report.notes.append("packed weights of the input are left out: --weights prepacked makes them again")
     return report
 
 

@@ -17,7 +17,8 @@ a time, the others being inputs of the graph meanwhile, and the packed bytes mov
 the boundaries that `graph.datafile` gives to weights. All of ORT's optimizations run, since they decide which operators
 there are. Needs ORT's memory for one part, and twice its size on the disk for a while.
 
-Weights of If, Loop and Scan bodies, and what ORT computes from constants, stay as they are: ORT does not look for them.
+Packed are weights of the main graph which its nodes read, or nodes of branches one level down: ORT packs nothing that
+is read further down. What it computes from constants, such as float32 from float16, has no place in our file.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from sparse_onnx.core.errors import ImpossibleError, ModelError, OutsideError
+from sparse_onnx.core.errors import ImpossibleError, ModelError, OutsideError, VerificationError
 from sparse_onnx.graph import datafile, files, io
 from sparse_onnx.graph.save import SavedFiles, place
 from sparse_onnx.graph.text import printable
@@ -85,6 +86,7 @@ def save_prepacked(
         UsageError: no such folder.
         ModelError: ORT cannot load the model, or a weight file is gone.
         ImpossibleError: the result has more weights than a process can map.
+        VerificationError: ORT does not take what it packed.
         OutsideError: the files could not be written. Nothing of them is left.
     """
     target = place(path)
@@ -128,9 +130,7 @@ def _write(
         whole.path.write_bytes(graph)
         if progress is not None:
             progress("loading the packed model")
-        sessions.create_session(
-            whole.path, name=target.name
-        )  # ORT 1.32 compares all packed bytes with its own
+        _require_loading(whole.path, target)
         if whole.data_path is None:
             data.unlink()
         else:
@@ -147,6 +147,17 @@ def _write(
     files.remove_unused(former)
     saved = dataclasses.replace(whole, path=target, data_path=whole.data_path and data)
     return Prepacked(saved, len(packing.entries), packing.packed_bytes)
+
+
+def _require_loading(path: Path, target: Path) -> None:
+    """From version 1.32 on, ORT compares all packed bytes with its own."""
+    try:
+        sessions.create_session(path, name=printable(target.name))
+    except ModelError as error:
+        raise VerificationError(
+            f"the packed model does not load: {error.message}",
+            "nothing was written; please report it, this is a fault of sparse-onnx",
+        ) from error
 
 
 class _Packing:
@@ -279,7 +290,7 @@ def _is_external(tensor: onnx.TensorProto) -> bool:
 
 
 def _parts(graph: onnx.GraphProto, part_bytes: int) -> list[frozenset[str]]:
-    """Names of the external constants that nodes of the main graph read, all of a node together, so many bytes a part.
+    """Names of the main graph's external constants that nodes read, all of a node together, so many bytes a part.
 
     A kernel may pack its matrix in another way when its scales are not constant.
     """
@@ -294,7 +305,7 @@ def _parts(graph: onnx.GraphProto, part_bytes: int) -> list[frozenset[str]]:
     names: set[str] = set()
     done: set[str] = set()
     size = 0
-    for node in graph.node:
+    for node in _nodes(graph):
         own = {name for name in node.input if name in sizes} - names
         if node.op_type in _READ_IN_PLACE or own <= done:
             continue
@@ -307,6 +318,16 @@ def _parts(graph: onnx.GraphProto, part_bytes: int) -> list[frozenset[str]]:
         done |= own
         size += length
     return [*parts, frozenset(names)] if names else parts
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Nodes of the graph and of its bodies."""
+    pending = [graph]
+    while pending:
+        for node in pending.pop().node:
+            yield node
+            pending.extend(attribute.g for attribute in node.attribute if attribute.HasField("g"))
+            pending.extend(body for attribute in node.attribute for body in attribute.graphs)
 
 
 def _only(proto: onnx.ModelProto, names: frozenset[str]) -> onnx.ModelProto:

@@ -4,8 +4,7 @@ A session packs constant matrices into the layout of its kernels and keeps the p
 or not: the right-hand side of Gemm, MatMul and the integer products, and the integers of MatMulNBits and QMoE. Weights
 that are not packed stay mapped and are read when a kernel uses them; MoE never reads those of experts without tokens.
 In a body of If, Loop or Scan, ORT packs what the body itself or the graph around it holds, and nothing from further
-out; it does not look for packed weights in the file there. float16 matrices become float32 copies before they are
-packed.
+out. float16 matrices become float32 copies before they are packed.
 
 The sizes are those of resident memory, measured with ORT 1.32 on x86-64, without padding. Other processors may leave
 some n-bit weights as they are.
@@ -38,6 +37,7 @@ _ROUNDED_SCALE_OF_2_BIT_QMOE = 4
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _WORTH_SAYING = 1_000_000
+_ONLY_USED = "resident: only weights that are used"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +57,10 @@ def residency(model: ir.Model) -> Residency:
         graph, outer = pending.pop()
         for node in graph:
             for value, size in _packed(node):
-                if value.graph is graph or value.graph in outer[:1]:
-                    widened = value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT16
-                    (fixed if outer or widened else movable)[id(value)] = size
+                if value.graph is not graph and value.graph not in outer[:1]:
+                    continue
+                widened = value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT16
+                (movable if value.graph is model.graph and not widened else fixed)[id(value)] = size
             pending += [(body, (graph, *outer)) for body in _bodies(node)]
     return Residency(sum(movable.values()), sum(fixed.values()))
 
@@ -128,9 +129,9 @@ def note(found: Residency, packed_bytes: int | None = None) -> str | None:
         kept.append(f"{amount(copied)} of packed weights, copied at creation, unused experts too ({hint})")
     if found.fixed:
         kept.append(
-            f"{amount(found.fixed)} of packed weights that ORT has to copy (float16, or read in branches)"
+            f"{amount(found.fixed)} of packed weights that ORT has to copy (float16, or held by branches)"
         )
-    text = f"resident: {' and '.join([*kept, 'what is used of the others'] if kept else ['weights that are used'])}"
+    text = f"resident: {' and '.join([*kept, 'what is used of the others'])}" if kept else _ONLY_USED
     if packed_bytes is None:
         return text
     if not packed_bytes:

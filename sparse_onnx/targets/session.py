@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -123,25 +124,23 @@ def run(
         raise OutsideError(f"onnxruntime failed while running: {_first_line(error)}", where=name) from error
 
 
-def page_out(path: str | os.PathLike[str]) -> int:
-    """Gives back the memory in which this process holds parts of data files beside a model, in or under its folder.
+def release_memory(path: str | os.PathLike[str]) -> None:
+    """Gives memory back to the system which this process holds without need behind the creation of a session.
 
-    They are read from the files again when they are used. For models with prepacked weights under ORT 1.32, which
-    compares them with its own when it creates a session: what it read stays resident until somebody else needs the
-    memory. Linux only, from 5.4 on.
-
-    Returns:
-        Bytes of the mappings that were given back; 0 on other systems.
+    That is what ORT freed and the C library keeps, and the pages of data files beside the model, in or under its
+    folder, which are read from there again when they are used. For models with prepacked weights: a session packs
+    every weight once more, to see whether the file has what it needs, and ORT 1.32 compares all bytes with those of
+    the file. Linux only (5.4 and newer for the pages); does nothing elsewhere.
     """
     folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
-    try:
-        advise = ctypes.CDLL(None).madvise
-        found = list(_mappings(folder))
-    except (OSError, AttributeError, TypeError):
-        return 0
-    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    # Pages that were written to are kept: this is no MADV_DONTNEED.
-    return sum(size for start, size in found if advise(start, size, _PAGE_OUT) == 0)
+    library = ctypes.CDLL(None)
+    with contextlib.suppress(AttributeError):  # another C library than GNU's
+        library.malloc_trim(0)
+    with contextlib.suppress(AttributeError, OSError):
+        advise = library.madvise
+        advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        for start, size in list(_mappings(folder)):
+            advise(start, size, _PAGE_OUT)  # keeps what was written to, unlike MADV_DONTNEED
 
 
 def _mappings(folder: str) -> Iterator[tuple[int, int]]:

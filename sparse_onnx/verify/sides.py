@@ -94,8 +94,8 @@ class Side:
     """`start` maps weights or makes a session, and gives what runs the block; both end with what it gave.
 
     Where kernels round `activations` (see `blocks.rounding`), `start` gives the block without that, as far as ORT has
-    other kernels (`left` says how what is left rounds), and `start_deployed` gives it as it runs when deployed, with all
-    of its weights packed in memory.
+    other kernels (`left` says how what is left rounds), and `start_deployed` gives it as it runs when deployed, with
+    all of its weights packed in memory.
     """
 
     facts: Facts

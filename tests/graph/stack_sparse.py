@@ -1,6 +1,7 @@
 """What writing a stack of a few GB costs: `python stack_sparse.py FOLDER` prints the peaks of its memory in MB.
 
-The parts lie apart in a sparse file: no time and no disk. A second stack, of a few of them, is transposed.
+The parts lie apart in a sparse file: no time and no disk. A second stack, of a few of them, is transposed; the parts of
+a third one are computed, each from two.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.graph.io import save
-from sparse_onnx.graph.stacked import stack
+from sparse_onnx.graph.stacked import interleave, stack
 
 EXPERTS, ROWS, COLUMNS = 48, 4096, 4096
 PART = ROWS * COLUMNS * 4
@@ -54,12 +55,15 @@ def main(folder: Path) -> None:
             file.write(np.asarray([expert + 1], np.float32).tobytes())
     whole = stack(parts(folder, EXPERTS), "whole")
     swapped = stack(parts(folder, 8), "swapped", transposed=True)
-    model = model_of(whole, swapped)
+    stored = parts(folder, 8)
+    pairs = zip(stored[::2], stored[1::2], strict=True)
+    turns = stack([interleave(first, second, "pair") for first, second in pairs], "turns")
+    model = model_of(whole, swapped, turns)
     before = peak_mb()
     saved = save(model, folder / "out.onnx")
     after = peak_mb()
-    assert saved.bytes_copied == whole.nbytes + swapped.nbytes
-    ir.save(model_of(swapped), folder / "library.onnx", external_data="library.data")
+    assert saved.bytes_copied == whole.nbytes + swapped.nbytes + turns.nbytes
+    ir.save(model_of(swapped, turns), folder / "library.onnx", external_data="library.data")
     print(json.dumps({"bytes": whole.nbytes, "before": before, "ours": after, "library": peak_mb()}))
 
 

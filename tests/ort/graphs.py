@@ -8,9 +8,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from onnx import numpy_helper, parser
 
 Constants = Mapping[str, np.ndarray]
+
+VERSION = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+
+
+def since(*version: int) -> pytest.MarkDecorator:
+    """Of a trap that older versions of ORT are known not to have, or to have in another form."""
+    return pytest.mark.skipif(version > VERSION, reason=f"found in ORT {'.'.join(map(str, version))}")
 
 
 def model(

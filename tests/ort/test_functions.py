@@ -6,13 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto
-from ort.graphs import model, operators, optimized, run, session
+from ort.graphs import VERSION, model, operators, optimized, run, session
 
 VECTOR = {"x": np.asarray([-1, 2], np.float32)}
-VERSION = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
 
 
 def test_overloads_of_a_function() -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
-from ort.graphs import session
+from ort.graphs import VERSION, session, since
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 
@@ -178,7 +178,8 @@ def grown(folder: Path) -> dict[str, list[Grown]]:
     add("mapped branch", branch, ONE_ROW | {"flag": False}, ONE_ROW, entries=PLAIN)
     add("operator", experts(folder), {"x": [1, HIDDEN], "flag": True})
     add("plain packed", packed(plain))
-    add("branch packed", packed(branch))
+    if VERSION >= (1, 31):  # older ones save a branch that ends in an outer constant broken
+        add("branch packed", packed(branch))
 
     listed = folder / "jobs.json"
     listed.write_text(json.dumps(list(jobs.values())))
@@ -218,6 +219,7 @@ def test_weights_of_the_main_graph_are_not_packed_two_levels_below(
     )
 
 
+@since(1, 31)
 @pytest.mark.parametrize("place", ["inside", "inside inside"])
 def test_weights_inside_of_a_branch_are_held_twice(place: str, grown: dict[str, list[Grown]]) -> None:
     """Why branches take their weights from the main graph: those of their own are packed, at any depth, and the file
@@ -258,21 +260,24 @@ def test_the_moe_operator_reads_only_the_experts_that_it_runs(grown: dict[str, l
     assert near(ran.anonymous, 0) and 0.05 < ran.file < 0.5, f"cold experts are read: {ran}"
 
 
+@since(1, 32)
 @pytest.mark.parametrize("place", ["plain packed", "branch packed"])
 def test_packed_weights_from_a_file_are_used_from_it_and_read_whole(
     place: str, grown: dict[str, list[Grown]]
 ) -> None:
     """What `--weights prepacked` costs: nothing stays packed in anonymous memory, one level down neither. But since ORT
     1.32 all of them are compared with what this processor packs, so that cold experts are in memory too after load
-    until the system takes their pages away; ORT 1.31 did not read them, and believed a damaged file."""
+    until `targets.session.release_memory` gives their pages back; ORT 1.31 did not read them, and believed a damaged
+    file."""
     made = grown[place][0]
     assert near(made.anonymous, 0), f"{place}: packed weights that were saved are packed again: {made}"
     assert near(made.file, 1), (
-        f"{place}: ORT no longer reads all packed weights at load: {made}. What frees their pages after load can go - "
+        f"{place}: ORT no longer reads all packed weights at load: {made}. release_memory need not page out any more - "
         "if the test of a damaged file below still holds"
     )
 
 
+@since(1, 32)
 def test_a_damaged_file_of_packed_weights_is_refused(folder: Path) -> None:
     """`--weights prepacked` needs no check of its own: bytes that are not what this processor and version packs are
     told at load. (ORT 1.31 computed with them.) The weights themselves are beside them, whole."""
@@ -301,6 +306,7 @@ def test_weights_packed_by_another_processor_are_packed_again(folder: Path) -> N
     np.testing.assert_allclose(actual, rows()["x"] @ values(NARROW), atol=1e-3)
 
 
+@since(1, 31)
 def test_nested_branches_that_end_in_a_constant_are_saved_broken(folder: Path) -> None:
     """What a save by ORT with external weights (`--weights prepacked`) trips over: a Constant becomes an initializer of
     its branch that is an output too, and two levels down its name is there twice. An Identity of an outer constant,

@@ -1,4 +1,4 @@
-"""Traps of `com.microsoft::MoE` and `QMoE` on CPU: what `recognise_contrib` writes out and a fused form must mind."""
+"""Traps of `com.microsoft::MoE` and `QMoE` on CPU: what `recognise_contrib` and `fuse_moe_op` rest on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from contrib_models import Case, feeds, model, weights
 from harness import assert_close
 from onnx import TensorProto, helper, numpy_helper
-from ort.graphs import operators, optimized, run, session
+from ort.graphs import operators, optimized, run, session, since
 
 from sparse_onnx.blocks import Activation, ExpertSpec, GateLayout, WeightLayout, reference
 
@@ -44,10 +44,10 @@ def shares(case: Case, logits: Any, **given: Any) -> np.ndarray:
     return run(proto(case, **constant), inputs)[0][:, : case.experts]
 
 
-@pytest.mark.parametrize("bits", [0, 4], ids=["MoE", "QMoE"])
+@pytest.mark.parametrize("bits", [pytest.param(0, id="MoE"), pytest.param(4, id="QMoE", marks=since(1, 27))])
 @pytest.mark.parametrize(("fusion", "fc3"), [(0, False), (0, True), (2, False)])
 def test_swiglu_is_taken_interleaved_only(fusion: int, fc3: bool, bits: int) -> None:
-    """A fused form interleaves gate and up; `Contrib.on_cpu` tells the other layouts from those that run here."""
+    """`fuse_moe_op` interleaves gate and up; `Contrib.on_cpu` tells the other layouts from those that run here."""
     case = Case(bits=bits, block=16, fusion=fusion, fc3=fc3)
     with pytest.raises(Exception, match="only supports interleaved SwiGLU"):
         session(proto(case))
@@ -71,10 +71,11 @@ def test_moe_takes_no_router_weights() -> None:
         session(made)
 
 
+@since(1, 27)
 def test_qmoe_takes_router_weights() -> None:
     """From ORT 1.27 on. Logits choose, weights weigh; divided by their sum where normalize_routing_weights, and no
-    division where they cancel. A weight below 0 drops its slot, but counts in the sum: a fused form must refuse
-    routers whose weights may be negative."""
+    division where they cancel. A weight below 0 drops its slot, but counts in the sum: neither this way nor that by
+    logarithms takes a router whose weights may be negative, and `fuse_moe_op` refuses it."""
     case = dataclasses.replace(FOUR_BITS, router_weights=True)
     logits = [[0, 0, 3, 2, 0, 0]] * 3
     given = [[9, 0, 0.5, 0.25, 0, 0], [9, 0, 0, 0, 0, 0], [9, 0, -0.5, 0.25, 0, 0]]
@@ -99,7 +100,8 @@ def test_qmoe_normalizes_whatever_it_is_told() -> None:
 
 @BOTH
 def test_of_equal_scores_the_higher_expert_is_taken(case: Case) -> None:
-    """TopK takes the lower: `recognise_contrib` turns the scores round, and a fused form must not let ties decide."""
+    """TopK takes the lower: `recognise_contrib` turns the scores round, and in `fuse_moe_op` no tie decides between
+    experts that have weight."""
     actual = shares(case, [[0] * 6, [0, 0, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0]]) > 0
     assert [np.nonzero(row)[0].tolist() for row in actual] == [[4, 5], [2, 5], [1, 2]], (
         "ties go to other experts: with TopK's order the Slice and Sub of recognise_contrib's router can go"
@@ -108,8 +110,8 @@ def test_of_equal_scores_the_higher_expert_is_taken(case: Case) -> None:
 
 @BOTH
 def test_slots_of_no_weight_are_not_run(case: Case) -> None:
-    """An expert that would give infinity: `MoE` leaves it out at a weight of exactly 0, `QMoE` up to 1e-8. What a
-    fused form's dropped slots rest on, and `recognise_contrib` writes out."""
+    """An expert that would give infinity: `MoE` leaves it out at a weight of exactly 0, `QMoE` up to 1e-8. What
+    dropped slots in `fuse_moe_op` rest on, and `recognise_contrib` writes out."""
     bias = np.zeros((6, case.hidden), np.float32)
     bias[1] = np.inf
     made = session(proto(case, fc2_bias=bias))
@@ -129,8 +131,8 @@ def test_slots_of_no_weight_are_not_run(case: Case) -> None:
 
 @BOTH
 def test_scores_that_are_no_numbers_drop_the_token(case: Case) -> None:
-    """0, not NaN: a broken router is told by the grouped form and hidden by the operator. And why logits of minus
-    infinity everywhere are right for a token whose slots are all dropped."""
+    """0, not NaN: a broken router is told by the grouped form and hidden by the operator. `contrib_router.py` counts on
+    it: logits of a token whose slots are all dropped are log(0 / 0), and those of no weight log(0)."""
     logits = np.full((3, 6), np.nan)
     logits[1], logits[2] = -np.inf, 1.0
     actual = shares(case, logits)
@@ -139,7 +141,7 @@ def test_scores_that_are_no_numbers_drop_the_token(case: Case) -> None:
 
 @BOTH
 def test_no_tokens(case: Case) -> None:
-    """Both take a batch of none, in both ranks; a fused form needs no guard."""
+    """Both take a batch of none, in both ranks; `fuse_moe_op` needs no guard."""
     for rank, shape in ((2, (0, 32)), (3, (1, 0, 32))):
         of_rank = dataclasses.replace(case, rank=rank)
         [actual] = run(proto(of_rank), feeds(of_rank, 0))
@@ -152,7 +154,7 @@ def test_float16_moe_runs_in_float32(tmp_path) -> None:
     half = optimized(proto(Case(dtype=np.float16)), tmp_path)
     widened = {each.name: each.data_type for each in half.initializer}
     assert operators(half).count("Cast") == 3 and set(widened.values()) == {TensorProto.FLOAT}, (
-        "MoE runs in float16 now: a fused form of a float16 model keeps its memory"
+        "MoE runs in float16 now: fuse_moe_op may take float16 models, and keep their memory"
     )
     quantized = optimized(proto(Case(bits=4, block=16, dtype=np.float16)), tmp_path)
     assert operators(quantized) == ["QMoE"]
@@ -174,7 +176,7 @@ ROUTINGS = {
 @pytest.mark.parametrize("fill", [-1e30, -np.inf])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_weights_as_logarithms(routing: str, fill: float, repeated: bool, case: Case) -> None:
-    """How a fused form passes any weights that are not negative: ``y = MoE(x, log(w) scattered) * sum(w)``."""
+    """How `fuse_moe_op` passes any weights that are not negative: ``y = MoE(x, log(w) scattered) * sum(w)``."""
     case = dataclasses.replace(case, top_k=3)
     rng = np.random.default_rng(0)
     shape = (64, case.top_k)
@@ -191,7 +193,8 @@ def test_weights_as_logarithms(routing: str, fill: float, repeated: bool, case: 
 @BOTH
 def test_a_finite_logarithm_of_zero_spoils_dropped_tokens(case: Case) -> None:
     """A token without weight has k experts run on it where all its logits are -1e30: 0 times what they give, which is
-    not 0 if the token holds an infinity. With the logarithm as it is, minus infinity, no expert runs."""
+    not 0 if the token holds an infinity. With the logarithm as it is, minus infinity, no expert runs: so does
+    `contrib_router.py` leave it."""
     tokens = np.ones((2, case.hidden), np.float32)
     tokens[0] = np.inf
     given = {

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from contrib_models import packed
 from onnx import numpy_helper
-from ort.graphs import model, optimized, run, session
+from ort.graphs import model, optimized, run, session, since
 
 RNG = np.random.default_rng(0)
 
@@ -166,6 +166,7 @@ def test_reshape_works_out_no_size_beside_a_copied_zero() -> None:
             reshaped((0, 8), target)
 
 
+@since(1, 27)
 def test_ort_writes_such_a_target_itself(tmp_path: Path) -> None:
     """ReshapeFusion: a target that is computed from sizes, and right for no rows, becomes [0, 2, -1]. So `body_rows.py`
     trusts no target that is a Concat."""
@@ -226,5 +227,5 @@ def test_attention_of_no_rows_fails(shape: tuple[int, ...]) -> None:
         opset=23,
     )
     assert run(made, {"x": np.ones((1, 3, 8), np.float32)})[0].shape == (1, 3, 8)
-    with pytest.raises(Exception, match="FAIL"):
+    with pytest.raises(Exception, match="running Attention node"):
         run(made, {"x": np.ones(shape, np.float32)})

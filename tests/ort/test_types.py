@@ -13,7 +13,7 @@ from contrib_models import Case
 from contrib_models import model as contrib_model
 from onnx import TensorProto
 from onnx_ir import to_proto
-from ort.graphs import model, nodes, operators, optimized, run, session
+from ort.graphs import model, nodes, operators, optimized, run, session, since
 
 #: Arm has arithmetic in float16, and kernels for it in some versions.
 x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="of x86 processors")
@@ -76,6 +76,7 @@ def test_bfloat16_has_no_arithmetic(call: str) -> None:
         session(made)
 
 
+@since(1, 32)
 def test_bfloat16_has_no_qmoe() -> None:
     """ORT 1.32 has its kernel registered, but for weights in a layout of a GPU's."""
     with pytest.raises(Exception, match="bfloat16 QMoE requires a shared layout"):

@@ -10,10 +10,13 @@ import onnx_ir as ir
 import pytest
 from any_body import Graph, Written, dense_model, outlined, routing
 from bodies_of_experts import BODIES, conv, linear
+from executed import executed
 from harness import assert_close, check_rewrite, run_model
 from onnx import TensorProto, helper
 
+from sparse_onnx.blocks import combine_blocks
 from sparse_onnx.blocks.lowered import lowered_blocks
+from sparse_onnx.blocks.lowering import Form, want
 from sparse_onnx.passes.route_experts import RouteExperts
 
 
@@ -129,9 +132,8 @@ def test_two_blocks_in_a_row() -> None:
     check_rewrite(ir.from_proto(proto), RouteExperts(), rewritten=2, feeds=feeds_of(first))
 
 
-def test_inside_a_branch() -> None:
-    """A block in an If body reads weights of the graph around it."""
-    written = dense_model(BODIES["einsum"].write)
+def _put_in_a_branch(written: Written) -> None:
+    """All nodes into an If body; its weights stay in the graph around it."""
     graph = written.model.graph
     name = graph.output[0].name
     branches = []
@@ -150,6 +152,12 @@ def test_inside_a_branch() -> None:
     graph.node.append(choice)
     graph.input.append(helper.make_tensor_value_info("use", TensorProto.BOOL, []))
     graph.output[0].name = "out"
+
+
+def test_inside_a_branch() -> None:
+    """A block in an If body reads weights of the graph around it."""
+    written = dense_model(BODIES["einsum"].write)
+    _put_in_a_branch(written)
     feeds = [routing(written, 7) | {"use": np.asarray(use)} for use in (True, False)]
     check_rewrite(neutral(written), RouteExperts(), rewritten=1, feeds=feeds)
 
@@ -219,6 +227,78 @@ def test_refused(name: str) -> None:
     check_rewrite(model, RouteExperts(), rewritten=0, refused=[reason])
     RouteExperts()(model)
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def wanted_in(model: ir.Model, *forms: str) -> ir.Model:
+    for block in combine_blocks(model):
+        want(block.node, [Form.parse(form) for form in forms])
+    return model
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_bodies_in_branches(name: str) -> None:
+    """Every expert behind an If, where the sizes that a cold one gives are known; else as without one."""
+    body = BODIES[name]
+    written = dense_model(body.write, body.row, body.out, lead=body.lead, opset=body.opset)
+    model = wanted_in(neutral(written), "branched", "grouped")
+    feeds = feeds_of(written, body.sizes, body.empty)
+    known = all(isinstance(size, int) for size in body.out or body.row)
+    refused = [] if known else ["expert 0 is to be skipped, and the sizes of its results are not known"]
+    after, _ = check_rewrite(model, RouteExperts(), rewritten=1, feeds=feeds, refused=refused, tolerance=3e-6)
+    branches = [node for node in after.graph if node.op_type == "If"]
+    assert len(branches) == (4 if known or body.guarded else 0)
+    [record] = lowered_blocks(after)
+    assert record.form == ("branched" if known else "grouped")
+    for node in branches:
+        for branch in ("then_branch", "else_branch"):
+            for value in node.attributes[branch].as_graph().outputs:
+                assert value.type is not None and value.shape is not None
+
+
+def test_a_cold_branch_runs_nothing() -> None:
+    def write(graph: Graph, x: str, expert: int) -> tuple[str, str]:
+        hidden = graph.op("Tanh", linear(graph, x, 16, 16))
+        return linear(graph, hidden, 16, 16), graph.op("Softmax", hidden)
+
+    written = dense_model(write, experts=5, top_k=1)
+    model = wanted_in(neutral(written), "branched")
+    after, _ = check_rewrite(model, RouteExperts(), rewritten=2, feeds=feeds_of(written))
+    assert sum(node.op_type == "If" for node in after.graph) == 5, "both results from one branch"
+    assert [record.form for record in lowered_blocks(after)] == ["branched", "branched"]
+    feeds = routing(written, 6)
+    feeds["index"][:] = np.asarray([[1], [3], [1], [5], [3], [3]])
+    ran = executed(after, feeds)
+    assert (ran["Tanh"], ran["Softmax"]) == (2, 2)
+    feeds["index"][:] = 5
+    assert executed(after, feeds)["Tanh"] == 0
+
+
+def test_a_block_that_is_wanted_in_other_forms_only() -> None:
+    written = dense_model(BODIES["three layers"].write)
+    _, outcome = check_rewrite(wanted_in(neutral(written), "dense"), RouteExperts(), rewritten=0)
+    assert outcome.matched == 0
+    model = wanted_in(neutral(written), "fused", "branched")
+    after, _ = check_rewrite(model, RouteExperts(), rewritten=1, feeds=feeds_of(written))
+    assert lowered_blocks(after)[0].form == "branched", "nobody makes a fused operator of any body"
+
+
+def test_branches_in_a_body_are_refused() -> None:
+    """Their weights would lie two graphs out; the next form takes the block."""
+    written = dense_model(BODIES["three layers"].write)
+    _put_in_a_branch(written)
+    feeds = [routing(written, 7) | {"use": np.asarray(use)} for use in (True, False)]
+    model = wanted_in(neutral(written), "branched", "grouped")
+    after, _ = check_rewrite(
+        model, RouteExperts(), rewritten=1, feeds=feeds, refused=["it stands in the body of an If"]
+    )
+    assert lowered_blocks(after)[0].form == "grouped"
+
+
+def test_a_body_that_mixes_rows_is_refused_once() -> None:
+    model = neutral(dense_model(BODIES["three layers"].write))
+    _mixing(model)
+    wanted_in(model, "branched", "grouped")
+    check_rewrite(model, RouteExperts(), rewritten=0, refused=["expert 0 is not known to treat its rows"])
 
 
 def test_open_sizes_behind_a_guard_are_refused() -> None:
