@@ -20,8 +20,9 @@ the same, since 0 times infinity is NaN: `x + mask * f(x)` stays as it is.
 
 Moved are sides that hold a product of matrices, a recurrence or a loop. What others read too, what is computed from
 random numbers, operators that are not known, parts of lowered blocks, and control flow that reads weights of the graph
-around it stay outside, and all that they need. A mask that chooses within rows, as attention masks do, is no condition.
-Every branch waits on its condition: on a GPU, that stops the queue.
+around it stay outside, and all that they need. A mask that chooses within rows, as attention masks do, is no condition,
+nor is one along several axes that puts a constant in the place of padding: something is always left. Every branch waits
+on its condition: on a GPU, that stops the queue.
 
 Refused: sizes that the graph does not tell where a side that is not computed decides them; types other than tensors of
 numbers; a Where in the body of an If, Loop or Scan, where weights would lie two graphs out and not be prepacked.
@@ -118,9 +119,12 @@ class BranchConditions(Pass):
         if graph is main:
             return []
         flow = Flow(graph)
-        reason = "it stands in the body of an If, Loop or Scan, and ORT does not prepack weights that lie two graphs out"
+        reason = "it stands in the body of an If, Loop or Scan, where weights would lie two graphs out"
         found = _worth(flow, flow.guards())
-        return [self._refusal(select, reason, "choose outside of the loop or branch") for select in found]
+        return [
+            self._refusal(select, reason, "ORT does not prepack those: choose outside of the body")
+            for select in found
+        ]
 
     def _refusal(self, select: Select, reason: str, hint: str) -> Refusal:
         name = select.node.name or select.node.outputs[0].name or ""

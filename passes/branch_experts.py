@@ -132,7 +132,7 @@ def _branched(
     pieces = split(emit, rows, sizes, bins)
     hits = split(emit, emit.op("Greater", sizes, emit.ints(0)), None, bins)
     nothing = emit.constant(np.zeros((0, block.hidden_out or 0), block.dtype.numpy()))
-    results = []
+    results: list[ir.Value] = []
     for group, piece, hit, height in zip(groups, pieces, hits, heights, strict=False):
         then = inside(emit, f"{group.start}-{group.stop - 1}")
         own = [piece] if len(group) == 1 else then.ops("Split", (piece, height), len(group), axis=0)

@@ -16,9 +16,10 @@ weights' type: MatMulNBits and QMoE take float16 as it is.
 The block's node is marked with what kernels may do with activations: `int8` rounds them to 8 bits where ORT has such a
 kernel (3 to 30 times faster at one token), `float` keeps them.
 
-An expert is quantized when it is read; the memory for it does not grow with the model. Routers, embeddings, norms,
-biases and shared experts stay in float. Block-wise DequantizeLinear needs opset 21, which older models become. Enters
-If, Loop and Scan bodies; functions were inlined before.
+An expert is quantized when it is first read. Memory does not grow with the model: what is to be read again lies in a
+temporary file of the result's size (TMPDIR, else /var/tmp), or is quantized again where there is no room. Routers,
+embeddings, norms, biases and shared experts stay in float. Block-wise DequantizeLinear needs opset 21, which older
+models become. Enters If, Loop and Scan bodies; functions were inlined before.
 
 Refused: weights that are quantized already, that are not constants of the model, or of another type than float32 and
 float16; an odd number of inputs, in 4 bits; models that cannot become opset 21.
@@ -36,7 +37,7 @@ import onnx_ir as ir
 
 from sparse_onnx.blocks import MoEBlock, WeightLayout, blocks
 from sparse_onnx.blocks.expert_weights import obstacle
-from sparse_onnx.blocks.integer_weights import IntegerWeights, Memory, Width
+from sparse_onnx.blocks.integer_weights import IntegerWeights, Kept, Width
 from sparse_onnx.blocks.lowering import ACTIVATIONS_KEY, Problem
 from sparse_onnx.blocks.quantized import Quantized
 from sparse_onnx.core.errors import UsageError
@@ -144,7 +145,7 @@ class _Work:
     """Blocks of one model that are quantized, and what that costs them."""
 
     def __init__(self, model: ir.Model, activations: str) -> None:
-        self.names, self.memory, self.activations = Namespace(model), Memory(), activations
+        self.names, self.kept, self.activations = Namespace(model), Kept(), activations
         self.known: dict[tuple[ir.Value, Width], tuple[IntegerWeights, ir.Value]] = {}
         self.lost: dict[Width, list[str]] = defaultdict(list)
 
@@ -174,7 +175,7 @@ class _Work:
         graph, tensor = value.graph, value.const_value
         assert isinstance(graph, ir.Graph) and tensor is not None
         turned = block.spec.weight_layout == WeightLayout.IN_OUT
-        weight = IntegerWeights(tensor, width, turned, self.memory)
+        weight = IntegerWeights(tensor, width, turned, self.kept)
         emit = Emitter(graph, self.names, f"{value.name}/int{width.bits}")
         inputs = []
         for what, part in (("codes", weight.data), ("scale", weight.scale), ("point", weight.zero_point)):

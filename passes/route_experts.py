@@ -58,7 +58,7 @@ class RouteExperts(Pass):
         refusals, lowered, matched = [], [], 0
         for nodes in groups.values():
             group = [block for node in nodes if (block := CombineBlock.of(node)) is not None]
-            forms = _forms(group[0].node)
+            forms = next(filter(None, map(_forms, nodes)), [])
             matched += len(group) if forms else 0
             for form in forms:
                 try:
@@ -66,8 +66,8 @@ class RouteExperts(Pass):
                 except _Refused as error:
                     for block in group:
                         reason = f"block '{block.name}': {error}"
-                        found = Refusal(reason, block.node.name or "", error.hint, self.name)
-                        refusals += [found] if found not in refusals else []
+                        refusal = Refusal(reason, block.node.name or "", error.hint, self.name)
+                        refusals += [refusal] if refusal not in refusals else []
                         strike(block.node, form)
                     continue
                 lowered += [LoweredBlock.of(block, form=form) for block in group]

@@ -11,8 +11,8 @@ whose softmax is the share again; `total * operator` is the block. The kernels n
 Since a share x lies in [0, 1], rounding its logarithm costs at most x |log x| <= 1/e times the type's rounding of it:
 float16 logits give shares that are off by 1e-4 of the token's sum, float32 ones by 2e-8, whatever the weights are.
 
-QMoE's third way, its input `router_weights` (from ORT 1.27 on), was measured beside this one: it saves 2.5 us of 35 us
-of small nodes a block, and drops weights below 1e-8 instead of shares below 1e-8. So there is one way for both.
+QMoE's own way, its input `router_weights` (from ORT 1.27 on), was measured beside this one, which costs 4 to 5 us a
+block and token: it saves 2.5 us of these, of some 700 us, and drops weights below 1e-8 instead of shares below 1e-8.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ def emit_loop(
         rows: ``[T K, D]``.
         opset: of the graph's default domain.
     """
-    block, added = weights.block, emit.names.added
+    block, added, width = weights.block, emit.names.added, weights.block.hidden_out
+    assert width is not None
     sizes = dispatch.sizes
     if dispatch.bins > dispatch.experts:
         sizes = emit.op("Slice", sizes, emit.ints(0), emit.ints(dispatch.experts), emit.ints(0))
@@ -51,7 +52,7 @@ def emit_loop(
     loop = body(Branch(step, [again, after]), "body", [turn, goes_on, before])
 
     # A sequence of nothing cannot be joined.
-    nothing = emit.constant(np.zeros((0, block.hidden_out), block.dtype.numpy()))
+    nothing = emit.constant(np.zeros((0, width), block.dtype.numpy()))
     empty = emit.op("SequenceConstruct", nothing)
     on = emit.constant(np.asarray(True))
     results = emit.op("Loop", emit.op("Size", hit), on, empty, body=loop)

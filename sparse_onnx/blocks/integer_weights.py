@@ -1,4 +1,4 @@
-"""Expert weights in 4 or 8 bits, each expert quantized when it is read.
+"""Expert weights in 4 or 8 bits, each expert quantized when it is first read.
 
 A number is ``(code - point) * scale``. Codes are unsigned, lowest bits first, rows of inputs `[E, N, K]`: the bytes
 that MatMulNBits and QMoE read. Elements along K share a scale in blocks, or a whole row of them has one. Where the
@@ -11,11 +11,12 @@ largest magnitude the lowest code. A row in 8 bits is what ORT's tools make of a
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
+import os
+import tempfile
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from typing import IO
 
 import numpy as np
 import onnx_ir as ir
@@ -23,13 +24,13 @@ import onnx_ir as ir
 from sparse_onnx.blocks.quantized import Quantized
 from sparse_onnx.core.errors import ModelError
 from sparse_onnx.graph.external import read_array, slice_first_axis
+from sparse_onnx.graph.scratch import scratch_folder
 from sparse_onnx.graph.stacked import Stacked
 
 #: Elements that are quantized at once: their turned copy stays in cache.
 _CHUNK = 1 << 20
-#: Bytes of codes, and of scales with points, that are kept for whoever reads the other half of an expert next. The
-#: scales of one packed weight must fit, since all of its codes are written before them.
-_CODES, _SCALES = 64 << 20, 128 << 20
+#: Bytes of quantized weights that are kept in memory.
+_IN_MEMORY = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,43 +49,50 @@ class Width:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Numbers:
-    """One matrix ``[N, K]``: packed codes, scales ``[N, blocks]`` and points ``[N, blocks]`` (None: the middle)."""
+    """One matrix ``[N, K]``: packed codes, scales ``[N, blocks]`` and points ``[N, blocks]``."""
 
     codes: np.ndarray
     scales: np.ndarray
-    points: np.ndarray | None
+    points: np.ndarray
 
 
-class _Recent:
-    """What was made last, as much of it as a number of bytes allows."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._held = most, 0
-        self._items: collections.OrderedDict[Hashable, tuple[Any, int]] = collections.OrderedDict()
-
-    def get(self, key: Hashable) -> Any:
-        return self._items.get(key, (None, 0))[0]
-
-    def put(self, key: Hashable, item: Any, size: int) -> None:
-        if key in self._items:
-            return
-        self._items[key] = (item, size)
-        self._held += size
-        while self._held > self._most and len(self._items) > 1:
-            self._held -= self._items.popitem(last=False)[1][1]
-
-
-class Memory:
-    """Keeps a little of what was quantized last: an expert's codes and its scales come of one computation."""
+class Kept:
+    """Matrices that were quantized: the first in memory, all others in a temporary file without a name, which ends with
+    the process. They are read several times, to be verified and written, and codes and scales apart. Where the file
+    cannot be written they are quantized again."""
 
     def __init__(self) -> None:
-        self.codes, self.scales = _Recent(_CODES), _Recent(_SCALES)
+        self._held = 0
+        self._file: IO[bytes] | None = None
+        self._full = False
+        self._parts: dict[Hashable, np.ndarray | tuple[int, int, np.dtype, tuple[int, ...]]] = {}
 
-    def put(self, key: Hashable, numbers: Numbers) -> None:
-        points = numbers.points
-        size = numbers.scales.nbytes + (0 if points is None else points.nbytes)
-        self.codes.put(key, numbers.codes, numbers.codes.nbytes)
-        self.scales.put(key, (numbers.scales, points), size)
+    def get(self, key: Hashable) -> np.ndarray | None:
+        part = self._parts.get(key)
+        if not isinstance(part, tuple):
+            return part
+        assert self._file is not None
+        start, length, dtype, shape = part
+        content = os.pread(self._file.fileno(), length, start)
+        return np.frombuffer(content, dtype).reshape(shape)
+
+    def put(self, key: Hashable, array: np.ndarray) -> None:
+        if key in self._parts or self._full:
+            return
+        if self._held + array.nbytes <= _IN_MEMORY:
+            self._held += array.nbytes
+            self._parts[key] = array
+            return
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(dir=scratch_folder())  # noqa: SIM115
+            start = self._file.seek(0, os.SEEK_END)
+            self._file.write(np.ascontiguousarray(array).data)
+            self._file.flush()
+        except OSError:
+            self._full = True
+            return
+        self._parts[key] = (start, array.nbytes, array.dtype, array.shape)
 
 
 class IntegerWeights:
@@ -94,11 +102,11 @@ class IntegerWeights:
         source: ``[E, N, K]``, or ``[E, K, N]`` where `transposed`; float32 or float16, which is the scales' type too.
         width: how it is to be stored; 4 bits need an even K.
         transposed: whether the source's rows are outputs.
-        memory: shared by the weights of a model, so that all of them together keep little.
+        kept: shared by the weights of a model.
     """
 
-    def __init__(self, source: ir.TensorProtocol, width: Width, transposed: bool, memory: Memory) -> None:
-        self.source, self.width, self.transposed, self._memory = source, width, transposed, memory
+    def __init__(self, source: ir.TensorProtocol, width: Width, transposed: bool, kept: Kept) -> None:
+        self.source, self.width, self.transposed, self._kept = source, width, transposed, kept
         self._key = object()
         experts, first, second = source.shape.numpy()
         self.experts = experts
@@ -171,39 +179,29 @@ class IntegerWeights:
                 where=f"weight '{self.source.name}'",
             ) from None
 
-    def _numbers(self, expert: int) -> Numbers:
-        key = (self._key, expert)
-        codes, rest = self._memory.codes.get(key), self._memory.scales.get(key)
-        if codes is not None and rest is not None:
-            return Numbers(codes, *rest)
-        numbers = self._quantized(expert)
-        self._memory.put(key, numbers)
-        return numbers
-
-    def _rest(self, expert: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Scales and points."""
-        known = self._memory.scales.get((self._key, expert))
+    def _read(self, expert: int, what: str) -> np.ndarray:
+        known = self._kept.get((self._key, expert, what))
         if known is not None:
             return known
-        numbers = self._numbers(expert)
-        return numbers.scales, numbers.points
+        numbers = self._quantized(expert)
+        for name in ("codes", "scales", "points"):
+            self._kept.put((self._key, expert, name), getattr(numbers, name))
+        return getattr(numbers, what)
 
     def _data(self, expert: int) -> ir.TensorProtocol:
-        codes, shape = self._numbers(expert).codes, (self.outputs, self.inputs)
+        codes, shape = self._read(expert, "codes"), (self.outputs, self.inputs)
         if self.width.bits == 4:
             return ir.PackedTensor(codes, ir.DataType.UINT4, shape=shape)
         return ir.Tensor(codes.reshape(shape))
 
     def _scale(self, expert: int) -> ir.TensorProtocol:
-        return ir.Tensor(self._rest(expert)[0])
+        return ir.Tensor(self._read(expert, "scales"))
 
     def _point(self, expert: int) -> ir.TensorProtocol:
-        points = self._rest(expert)[1]
-        assert points is not None
-        return self._integers(points)
+        return self._integers(self._read(expert, "points"))
 
     def _all_points(self) -> ir.TensorProtocol:
-        return self._integers(np.stack([self._rest(expert)[1] for expert in range(self.experts)]))
+        return self._integers(np.stack([self._read(expert, "points") for expert in range(self.experts)]))
 
     def _integers(self, numbers: np.ndarray) -> ir.TensorProtocol:
         return ir.Tensor(numbers.astype(self.width.dtype.numpy()), self.width.dtype)
@@ -230,7 +228,7 @@ def quantize(matrix: np.ndarray, width: Width) -> Numbers:
             codes[at], scales[at], points[at] = _in_blocks(rows, width)
         else:
             codes[at], scales[at], points[at] = _row_by_row(rows, width, matrix.dtype)
-    return Numbers(codes.reshape(-1), scales.astype(matrix.dtype), None if width.symmetric else points)
+    return Numbers(codes.reshape(-1), scales.astype(matrix.dtype), points)
 
 
 def _in_blocks(rows: np.ndarray, width: Width) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

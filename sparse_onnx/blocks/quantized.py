@@ -123,15 +123,18 @@ class Quantized:
 
     def _spread(self, parameter: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """What belongs to these rows of the data, in a shape that goes with theirs."""
-        parameter = parameter.astype(np.float32)
         if not self.block and parameter.size == 1:
-            return parameter.reshape(())
-        if self.block:
-            along = rows if self.axis == 0 else np.arange(self.shape[self.axis])
-            spread = parameter.take(along // self.block, self.axis)
-            return spread if self.axis == 0 else spread[rows]
-        spread = parameter.reshape([-1 if at == self.axis else 1 for at in range(len(self.shape))])
-        return spread[rows] if self.axis == 0 else spread
+            return parameter.astype(np.float32).reshape(())
+        if self.block and self.axis:
+            own = parameter[rows].astype(np.float32)
+            return np.repeat(own, self.block, self.axis)[
+                (slice(None),) * self.axis + (slice(self.shape[self.axis]),)
+            ]
+        if self.axis == 0:
+            parameter = parameter[rows // max(1, self.block)]
+        if not self.block:
+            parameter = parameter.reshape([-1 if at == self.axis else 1 for at in range(len(self.shape))])
+        return parameter.astype(np.float32)
 
 
 class Slices:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import onnx_ir as ir
 
@@ -56,7 +57,7 @@ def emit_if(
         then, other: results of the same types.
         told: type and axes of each result, declared on the branches too. Some engines want the rank there (OpenVINO).
     """
-    branches = {"then_branch": body(then, "then"), "else_branch": body(other, "else")}
+    branches: dict[str, Any] = {"then_branch": body(then, "then"), "else_branch": body(other, "else")}
     chosen = emit.ops("If", (condition,), len(then.results), **branches)
     for values in (chosen, *(branch.outputs for branch in branches.values())) if told else ():
         for value, (dtype, axes) in zip(values, told, strict=True):

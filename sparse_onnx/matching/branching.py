@@ -173,7 +173,7 @@ class Branching:
     def _put(self, plan: Plan) -> None:
         unit = plan.unit
         first = unit.selects[0].node if unit.selects else unit.nodes[0]
-        emit = Emitter(self.graph, self.names, f"{first.name}/branch", {FORM_KEY: FORM})
+        emit = Emitter(self.graph, self.names, f"{first.name or first.op_type}/branch", {FORM_KEY: FORM})
         condition = self._condition(emit, unit)
         anchor = self._behind(unit)
         for node in unit.nodes:
@@ -251,7 +251,8 @@ class Branching:
             assert old.dtype is not None
             shape = ir.Shape(side.sizes)
             ones = all(size == 1 for size in side.sizes)
-            zero = branch.constant(np.zeros(side.sizes if ones else (), old.dtype.numpy()))
+            axes = len(side.sizes) if ones else 0
+            zero = branch.constant(np.zeros([1] * axes, old.dtype.numpy()))
             if ones:
                 return zero
             result = branch.op("Expand", zero, self._vector(branch, side.sizes, plan))

@@ -30,7 +30,7 @@ def lacking(missing: Sequence[ir.Value], present: Sequence[ir.Value]) -> Sizes:
     for value in missing:
         if value.shape is None:
             raise UnknownSize(f"the number of axes of '{value.name}' is not known from the graph")
-        found = [1] * (len(value.shape) - len(found)) + found
+        found[:0] = [1] * (len(value.shape) - len(found))
         for back in range(1, len(value.shape) + 1):
             own = _axis(value, back)
             others = [_axis(each, back) for each in present]

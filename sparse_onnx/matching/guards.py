@@ -82,9 +82,22 @@ class Select:
         """When the input in this slot, 1 or 2, matters."""
         return Guard(self.mask, (slot == 1) != self.negated)
 
+    def pads(self, slot: int) -> bool:
+        """Whether the side is all that is not padding: a mask along two axes or more, as batch and sequence are, and
+        a constant on the other side. No run is all padding, so that it is always taken."""
+        along = [axis for axis in self.condition.shape or () if axis != 1]
+        return len(along) > 1 and not is_single(self.mask) and _is_filling(self.side(3 - slot))
+
     def slot(self, wanted: bool) -> int:
         """Of the side that is taken where the mask is (not) true."""
         return 1 if wanted != self.negated else 2
+
+
+def _is_filling(value: ir.Value) -> bool:
+    while (node := producer(value, "Expand", "Identity", "Cast", "CastLike")) is not None:
+        assert node.inputs[0] is not None
+        value = node.inputs[0]
+    return tensor(value) is not None or producer(value, "ConstantOfShape") is not None
 
 
 def is_single(value: ir.Value) -> bool:
@@ -145,9 +158,9 @@ class Flow:
                     needed = NONE
                 for reader, slot in self.readers(value):
                     asked = found[reader]
-                    if reader in self.selects and slot in (1, 2):
-                        guard = self.selects[reader].guard(slot)
-                        asked = asked if guard in without else asked | {guard}
+                    select = self.selects.get(reader) if slot in (1, 2) else None
+                    if select is not None and select.guard(slot) not in without and not select.pads(slot):
+                        asked = asked | {select.guard(slot)}
                     needed = asked if needed is None else needed & asked
             found[node] = needed or NONE
         return found

@@ -214,7 +214,7 @@ class _Packing:
                 _Entry.of(entry, data) for entry in tensor.external_data if entry.key.startswith(_KEY)
             ]
             for tensor in _read(packed).graph.initializer
-            if tensor.name in names and tensor.name not in self.entries
+            if tensor.name in names
         }
         self._append([entry for entries in found.values() for entry in entries])
         for name, entries in found.items():

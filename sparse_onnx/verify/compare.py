@@ -13,9 +13,9 @@ import numpy as np
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 
 #: Largest accepted error of blocks whose kernels round activations to 8 bits, by how they do it (`blocks.rounding`).
-#: Their weights, and everything else about them, are compared without rounding, within `TOLERANCES`; this is for what the
-#: kernel itself does on this processor. Measured (ORT 1.32; gated and plain experts of 64 to 2816 features, 4 and 8 bits):
-#: 1.0e-2 to 3.5e-2 for int8, 1.5e-2 to 8.1e-2 for int8_batch. A wrong expert is off by 5e-1 and more.
+#: Their weights, and everything else about them, are compared without rounding, within `TOLERANCES`; this is for what
+#: the kernel itself does on this processor. Measured (ORT 1.32; gated and plain experts of 64 to 2816 features, 4 and 8
+#: bits): 1.0e-2 to 3.5e-2 for int8, 1.5e-2 to 8.1e-2 for int8_batch. A wrong expert is off by 5e-1 and more.
 ROUNDED = {"int8": 1e-1, "int8_batch": 3e-1}
 
 _EPSILON = {"float64": 2.3e-16, "float32": 1.2e-7, "float16": 9.8e-4, "bfloat16": 7.9e-3}

@@ -20,6 +20,7 @@ from sparse_onnx.blocks.rounding import rounding, without_rounding
 from sparse_onnx.blocks.routing import never_dropped
 from sparse_onnx.graph import io
 from sparse_onnx.graph.save import save
+from sparse_onnx.graph.scratch import scratch_folder
 from sparse_onnx.graph.stacked import read_slices
 from sparse_onnx.matching.values import size
 from sparse_onnx.targets import session as sessions
@@ -226,7 +227,7 @@ class _Stored:
         computed = sum(each.nbytes for each in _weights(self._model) if isinstance(each, ir.LazyTensor))
         if computed <= _COMPUTED:
             return self._model
-        self._folder = tempfile.TemporaryDirectory(prefix="sparse-onnx-")
+        self._folder = tempfile.TemporaryDirectory(prefix="sparse-onnx-", dir=scratch_folder())
         path = os.path.join(self._folder.name, "block.onnx")
         return io.load(save(self._model, path, weights="copy").path)
 

@@ -21,6 +21,7 @@ from sparse_onnx.blocks.lowering import ACTIVATIONS_KEY
 from sparse_onnx.blocks.quantized import Quantized
 from sparse_onnx.graph import io
 from sparse_onnx.passes.fuse_moe_op import REQUIRES_KEY, FuseMoEOp
+from sparse_onnx.passes.quantize_experts import QuantizeExperts
 from sparse_onnx.passes.recognise_contrib import RecogniseContrib
 
 RELU = 3
@@ -112,6 +113,30 @@ def test_rows_that_have_no_blocks_are_exact_even_so() -> None:
         before, FuseMoEOp(), rewritten=1, feeds=[routing(shape, 19, "random")], tolerance=3e-6
     )
     assert "accuracy_level" not in fused(after).attributes and REQUIRES_KEY not in after.metadata_props
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("gate_layout", [1, 2])
+def test_behind_quantize_experts(bits: int, activations: str, gate_layout: int, tmp_path: Path) -> None:
+    """Integers that are computed while the model is written, and interleaved then."""
+    shape = dataclasses.replace(SHAPE, hidden=64, inner=96, gate_layout=gate_layout)
+    before = proven(routed_model(shape, opset=21))
+    assert QuantizeExperts(bits=bits, activations=activations)(before).modified
+    neutral = io.save(before.clone(), tmp_path / "neutral.onnx")
+    outcome = FuseMoEOp()(before)
+    assert outcome.rewritten == 1, outcome.refusals
+    saved = io.save(before, tmp_path / "out.onnx")
+    found = attributes(fused(io.load(saved.path)))
+    block = {"float4": 32, "int84": 32, "float8": 0, "int88": 32}[f"{activations}{bits}"]
+    assert (found.get("block_size", 0), found.get("accuracy_level")) == (
+        block,
+        4 if activations == "int8" else None,
+    )
+    for tokens in (0, 1, 19):
+        inputs = routing(shape, tokens, "random")
+        tolerance = 5e-2 if activations == "int8" else 3e-6
+        assert_close(run_file(neutral.path, inputs)[0], run_file(saved.path, inputs)[0], tolerance)
 
 
 CONTRIB = [
