@@ -3,7 +3,7 @@
     y = total * MoE(x, log(share), fc1, fc2)      share: weights scattered over the experts, divided by their total
 
 One node in place of the experts: the fastest form for many experts of 4 bits, one that creates a session in no time,
-and leaves float32 weights where they are mapped. These run up to 1.6 times slower than in the dispatch of `fuse_gating`.
+and leaves float32 weights where they are mapped. These run up to 1.6 times slower than by the dispatch of fuse_gating.
 
     relu, gelu_tanh, silu       no gate
     silu with a gate            swiglu with alpha, beta and limit; rows of gate and up in turn

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Literal
 from sparse_onnx.bench.tables import markdown, number
 from sparse_onnx.core.errors import VerificationError
 from sparse_onnx.core.report import BenchModel, BenchRow
-from sparse_onnx.export.failure import root_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,9 +29,8 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8", "int4")
 LIMIT = "read active weights once"
 TUNED = "tuned"
 
-#: Root mean square error relative to PyTorch in float32 beyond which an answer is wrong: 4-bit weights alone are off by
-#: a tenth, and a wrong expert by more than 1.
-LARGEST_ERROR: dict[str, float] = {"float32": 1e-4, "float16": 1e-2, "int8": 6e-2, "int4": 3e-1}
+#: Largest relative error of a token that float16 explains; the other precisions' bounds are those of the peers.
+_HALF_BOUND = 2e-2
 
 _INPUTS = 6
 #: A form that copies more than this is not run at that token count.
@@ -99,6 +97,7 @@ def run_case(
 
     from sparse_onnx.bench import contestants, memory
     from sparse_onnx.bench.measure import interleave, rows
+    from sparse_onnx.bench.peers import largest_error
 
     torch.set_num_threads(threads)
     layers = shape.build()
@@ -109,7 +108,7 @@ def run_case(
         for name, path in files.items()
     ]
     sessions = {name: contestants.create(path, threads) for name, path in files.items()}
-    rivals = _Rivals(layers, precision, folder, threads, peers)
+    rivals = _Rivals(layers, precision, folder, threads, neutral) if peers else None
     chosen: dict[int, str] = {}
     errors: dict[str, float] = {}
     measured: list[BenchRow] = []
@@ -127,26 +126,20 @@ def run_case(
             if name.startswith("gathered") and _copied(shape, count) > _LARGEST_COPY:
                 continue
             runs.append(contestants.onnx(name, session, feeds))
-            errors[name] = max(errors.get(name, 0.0), _error(expected, runs[-1]))
-            if errors[name] > LARGEST_ERROR[precision]:
-                raise VerificationError(f"off by {errors[name]:.2g} at {count} tokens", where=name)
-        for rival in rivals.on(feeds, left_out):
-            try:
-                error = _error(expected, rival)
-            except Exception as failure:  # whatever others raise while running
-                left_out[rival.name] = root_line(failure)
-                continue
-            errors[rival.name] = max(errors.get(rival.name, 0.0), error)
-            if error > LARGEST_ERROR[precision]:
-                left_out[rival.name] = f"off by {error:.2g} at {count} tokens"
-            else:
-                runs.append(rival)
+            answer = np.asarray(runs[-1].run(0)).astype(np.float32)
+            error = largest_error(inputs[0].astype(np.float32), expected, answer)
+            errors[name] = max(errors.get(name, 0.0), error)
+            if error > _bound(precision):
+                raise VerificationError(f"off by {error:.2g} at {count} tokens", where=name)
+        if rivals is not None:
+            runs += rivals.on(feeds, count, left_out)
         if count == 1:
             runs.append(limit(layers, inputs, precision, threads))
         runs.sort(key=lambda run: run.name != chosen[count])
         times = interleave(runs, _INPUTS, rounds=rounds, min_time=min_time)
         measured += rows([run.name for run in runs], count, times)
-    rivals.close()
+    if rivals is not None:
+        rivals.close()
     return Result(shape.name, precision, chosen, measured, costs, errors, left_out)
 
 
@@ -207,23 +200,29 @@ def tuned_form(neutral: Path, precision: Precision, tokens: int, threads: int, f
 
 
 class _Rivals:
-    """The peers, where they are asked for; float16 has none but PyTorch's weights to compare with."""
+    """The peers of a precision; there are none in float16."""
 
     def __init__(
-        self, layers: SparseLayers, precision: Precision, folder: Path, threads: int, wanted: bool
+        self, layers: SparseLayers, precision: Precision, folder: Path, threads: int, neutral: Path
     ) -> None:
+        from sparse_onnx.bench.peers import Peers
+        from sparse_onnx.optimize.api import optimize
+
         self.peers = None
-        if wanted and precision != "float16":
-            from sparse_onnx.bench.peers import Peers
+        if precision != "float16":
+            ours = folder / "ours.onnx"
+            optimize(neutral, ours, form="grouped", verify="none")
+            self.peers = Peers(layers, precision, folder, threads, ours=ours)
 
-            self.peers = Peers(layers, precision, folder, threads)
-
-    def on(self, feeds: Sequence[Mapping[str, np.ndarray]], left_out: dict[str, str]) -> list[Contestant]:
+    def on(
+        self, feeds: Sequence[Mapping[str, np.ndarray]], tokens: int, left_out: dict[str, str]
+    ) -> list[Contestant]:
         if self.peers is None:
             return []
         found, reasons = self.peers.on(feeds)
-        left_out.update(reasons)
-        return [rival for rival in found if rival.name not in left_out]
+        for name, reason in reasons.items():
+            left_out.setdefault(name, f"{reason} ({tokens} tokens)")
+        return found
 
     def close(self) -> None:
         if self.peers is not None:
@@ -277,14 +276,10 @@ def _expected(layers: SparseLayers, x: np.ndarray) -> np.ndarray:
         return layers(torch.from_numpy(x.astype(np.float32))).numpy()
 
 
-def _error(expected: np.ndarray, contestant: Contestant) -> float:
-    """Root mean square error relative to the reference's."""
-    import numpy as np
+def _bound(precision: Precision) -> float:
+    from sparse_onnx.bench.peers import BOUNDS
 
-    actual = np.asarray(contestant.run(0)).astype(np.float64)
-    if actual.shape != expected.shape:
-        raise VerificationError(f"gives {actual.shape} instead of {expected.shape}", where=contestant.name)
-    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+    return _HALF_BOUND if precision == "float16" else BOUNDS[precision]
 
 
 def _copied(shape: Shape, tokens: int) -> float:

@@ -1,8 +1,7 @@
-"""The suite on layers small enough for a test: every contestant is right, and in the table."""
+"""The layers that the suite measures, and the rivals that are built of them, small enough for a test."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from sparse_onnx.bench import contestants, layers, rivals, suite  # noqa: E402
+from sparse_onnx.bench import contestants, layers, rivals  # noqa: E402
 from sparse_onnx.bench.measure import Contestant  # noqa: E402
-from sparse_onnx.core.errors import OutsideError, VerificationError  # noqa: E402
-from sparse_onnx.core.report import BenchModel, BenchRow  # noqa: E402
+from sparse_onnx.core.errors import VerificationError  # noqa: E402
 
 SMALL = {
     "mixtral": lambda: layers.mixtral_layers(hidden=32, experts=4, top_k=2, inner=48, layers=2),
@@ -91,44 +89,3 @@ def test_a_wrong_contestant_is_not_timed() -> None:
         contestants.check(right, [Contestant("flat", lambda _: np.ones(6))], 1)
     with pytest.raises(VerificationError):
         contestants.check(right, [Contestant("nan", lambda _: np.full((2, 3), np.nan))], 1)
-
-
-def test_rivals_that_differ_or_fail_are_named() -> None:
-    def fail(_: int) -> None:
-        raise OutsideError("no such kernel")
-
-    right = Contestant("right", lambda _: np.ones((2, 3)))
-    others = [Contestant("twice", lambda _: np.full((2, 3), 2.0)), Contestant("broken", fail), right]
-    found = suite.wrong(right, others, 2)
-    assert list(found) == ["twice", "broken"]
-    assert "differs from right" in found["twice"] and "no such kernel" in found["broken"]
-    text = suite.as_text(suite.Result("a case", [BenchRow("right", 1, 1, 1, 1, 1)], [], "", found))
-    assert "left out: broken: OutsideError: no such kernel" in text
-
-
-def test_a_rival_that_cannot_be_exported_is_left_out(
-    case: layers.Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("unsupported\nand pages of advice")
-
-    monkeypatch.setattr(rivals, "export_transformers", fail)
-    monkeypatch.setattr(rivals, "export_dense", fail)
-    paths, left_out = suite.write_models(case.build(), tmp_path)
-    assert list(paths) == [suite.OURS, suite.CONTRIB]
-    assert left_out == dict.fromkeys(
-        (suite.DENSE, suite.TRANSFORMERS, suite.FUSED), "not exported: RuntimeError: unsupported"
-    )
-
-
-@pytest.mark.slow
-def test_the_whole_suite(case: layers.Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparse_onnx.bench.memory.measure", lambda path, *_: BenchModel(str(path), 0.5, 1.0))
-    result = suite.run_case(case, [1, 5], 2, tmp_path, rounds=3)
-    everybody = [suite.OURS, suite.DENSE, suite.TRANSFORMERS, suite.FUSED, suite.CONTRIB, suite.EAGER]
-    assert [row.model for row in result.rows] == [*everybody, suite.LIMIT, *everybody]
-    assert result.left_out == {} and all(row.ratio_to_first > 0 for row in result.rows)
-    text = suite.as_text(result)
-    assert all(name in text for name in (*everybody, suite.LIMIT, case.name))
-    data = json.loads(json.dumps(suite.as_json([result], 2)))
-    assert data["results"][0]["case"] == case.name and len(data["results"][0]["rows"]) == len(result.rows)
