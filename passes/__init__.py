@@ -58,6 +58,11 @@ PIPELINE: tuple[Step, ...] = (
     Step("recognise", "recognise_expert_loop", "one branch an expert, over the tokens that NonZero finds"),
     Step("recognise", "recognise_dense_mask", "every expert on every token, most of it weighted with zero"),
     Step("recognise", "recognise_gshard", "tokens dispatched into an expert's slots by one-hot products"),
+    Step(
+        "recognise",
+        "branch_conditions",
+        "parts that a Where throws away are not computed; behind the others, which read masks",
+    ),
     Step("sparsify", "adapt_top_k", "fewer experts where the router is sure", asked=True),
     Step("sparsify", "quantize_experts", "weights of fewer bits, of the blocks found above", asked=True),
     Step(

@@ -39,7 +39,7 @@ import onnx_ir as ir
 from sparse_onnx.core.passes import Outcome, Pass
 from sparse_onnx.core.report import Refusal
 from sparse_onnx.matching.branching import Branching, Plan, Planner, Unfit
-from sparse_onnx.matching.guards import NONE, Flow, Guard, Guards, Select
+from sparse_onnx.matching.guards import NONE, Flow, Guard, Guards, Select, Side
 from sparse_onnx.matching.moving import is_expensive
 from sparse_onnx.matching.units import units
 
@@ -61,7 +61,7 @@ class BranchConditions(Pass):
     def call(self, model: ir.Model) -> Outcome:
         refusals = [refusal for graph in model.graphs() for refusal in self._nested(graph, model.graph)]
         flow = Flow(model.graph)
-        off = set() if self.masks else {guard for guard in _all_guards(flow) if not guard.single}
+        off = set() if self.masks else {side for side, guard in _sides(flow) if not guard.single}
         found = _worth(flow, flow.guards(off, move_all=True))
         matched = len(refusals) + len(found)
         opset = model.opset_imports.get("", 0)
@@ -78,15 +78,15 @@ class BranchConditions(Pass):
             Branching(model, flow).run(plans)
         return Outcome(model, bool(plans), matched, len(taken), (*refusals, *unfit))
 
-    def _planned(self, flow: Flow, off: set[Guard]) -> tuple[list[Plan], Conditions, list[Refusal]]:
-        """What to branch, without the conditions under which nothing is expensive or that turn out not to do."""
+    def _planned(self, flow: Flow, off: set[Side]) -> tuple[list[Plan], Conditions, list[Refusal]]:
+        """What to branch, without the sides that hold nothing expensive or that turn out not to do."""
         refusals: list[Refusal] = []
         off = set(off)
         while True:
             guards = flow.guards(off)
             idle = {guard for own in guards.values() for guard in own} - _expensive(guards)
             if idle:
-                off |= idle
+                off |= {side for side, guard in _sides(flow) if guard in idle}
                 continue
             parts = units(flow, guards)
             planner = Planner(flow, guards, parts)
@@ -94,13 +94,13 @@ class BranchConditions(Pass):
                 return [planner.plan(unit) for unit in parts], guards, refusals
             except Unfit as error:
                 for select in _worth(flow, guards):
-                    if error.guards & {select.guard(1), select.guard(2)}:
+                    if error.sides & {(select.node, 1), (select.node, 2)}:
                         refusals.append(
                             self._refusal(select, str(error), "save the model with its inferred shapes")
                         )
-                off |= error.guards
+                off |= error.sides
 
-    def _held(self, flow: Flow, off: set[Guard], found: Sequence[Select]) -> list[Refusal]:
+    def _held(self, flow: Flow, off: set[Side], found: Sequence[Select]) -> list[Refusal]:
         """Refusals of what cannot be moved at all."""
         wished, taken = flow.guards(off, move_all=True), _worth(flow, flow.guards(off))
         refusals = []
@@ -133,8 +133,9 @@ class BranchConditions(Pass):
         )
 
 
-def _all_guards(flow: Flow) -> Iterator[Guard]:
-    return (select.guard(slot) for select in flow.selects.values() for slot in (1, 2))
+def _sides(flow: Flow) -> Iterator[tuple[Side, Guard]]:
+    """Each side of each choice, and when it matters."""
+    return (((select.node, slot), select.guard(slot)) for select in flow.selects.values() for slot in (1, 2))
 
 
 def _expensive(guards: Conditions) -> set[Guard]:

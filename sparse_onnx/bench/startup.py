@@ -139,8 +139,9 @@ def as_text(results: Sequence[Created], limit_s: float) -> str:
         cells = [name, str(default.nodes)]
         for result in (default, documented):
             cells.append(f"> {limit_s:.0f}" if result.create_s is None else f"{result.create_s:.1f}")
-        for count in map(str, TOKENS):
-            cells += [number(result.run_peak_mb.get(count), ".1f") for result in (default, documented)]
+        for count in TOKENS:
+            peaks = (result.run_peak_mb.get(str(count)) for result in (default, documented))
+            cells += [number(peak, ".1f") for peak in peaks]
         lines.append(cells)
     columns = ["layers x experts", "nodes", "create s", "create s, documented"]
     for count in TOKENS:

@@ -13,7 +13,7 @@ from sparse_onnx.blocks.lowered import FORM_KEY
 from sparse_onnx.graph.branches import Branch, emit_if, inside
 from sparse_onnx.graph.build import Emitter, Namespace
 from sparse_onnx.matching.covering import Sizes, UnknownSize, has_sizes, lacking
-from sparse_onnx.matching.guards import NONE, Flow, Guard, Guards, Select
+from sparse_onnx.matching.guards import NONE, Flow, Guard, Guards, Select, Side
 from sparse_onnx.matching.units import Unit
 
 FORM = "conditional"
@@ -24,11 +24,11 @@ Sources = dict[str, tuple[ir.Value, int]]
 
 
 class Unfit(Exception):
-    """Why a unit cannot run as a branch, and the conditions that had to be given up for it."""
+    """Why a unit cannot run as a branch, and the sides that must count as always taken for it."""
 
-    def __init__(self, reason: str, guards: Iterable[Guard]) -> None:
+    def __init__(self, reason: str, sides: Iterable[Side]) -> None:
         super().__init__(reason)
-        self.guards = frozenset(guards)
+        self.sides = frozenset(sides)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class Planner:
         sides = []
         for slot in (select.slot(True), select.slot(False)):
             missing = [select.condition, select.side(3 - slot)]
-            sizes = _sizes(select, missing, [select.side(slot)], sources)
+            sizes = _sizes(select, (1, 2), missing, [select.side(slot)], sources)
             sides.append(Filled(select.side(slot), sizes))
         return Result(select.node.outputs[0], *sides)
 
@@ -112,14 +112,16 @@ class Planner:
         assert node is not None
         own = self.guards[node]
         if not isinstance(value.type, ir.TensorType) or value.dtype in (None, ir.DataType.STRING):
-            raise Unfit(f"'{value.name}' is not known to be a tensor of numbers", own)
+            sides = ((each, slot) for each in self.flow.selects.values() for slot in (1, 2))
+            taken = ((each.node, slot) for each, slot in sides if each.guard(slot) in own)
+            raise Unfit(f"'{value.name}' is not known to be a tensor of numbers", taken)
         sizes: Sizes = [1] * (0 if value.shape is None else len(value.shape))
         for reader, slot in self.flow.readers(value):
             select = self.flow.selects.get(reader)
             if select is None or slot not in (1, 2) or reader in self.given or self.guards[reader] >= own:
                 continue
             present = [select.condition, select.side(3 - slot)]
-            needed = _sizes(select, [value], present, sources)
+            needed = _sizes(select, (slot,), [value], present, sources)
             sizes = [old if new == 1 else new for old, new in zip(sizes, needed, strict=True)]
         return sizes
 
@@ -142,16 +144,20 @@ class Planner:
 
 
 def _sizes(
-    select: Select, missing: Sequence[ir.Value], present: Sequence[ir.Value], sources: Sources
+    select: Select,
+    slots: Sequence[int],
+    missing: Sequence[ir.Value],
+    present: Sequence[ir.Value],
+    sources: Sources,
 ) -> Sizes:
-    both = (select.guard(1), select.guard(2))
+    sides = [(select.node, slot) for slot in slots]
     try:
         sizes = lacking(missing, present)
     except UnknownSize as error:
-        raise Unfit(str(error), both) from None
+        raise Unfit(str(error), sides) from None
     unknown = next((size for size in sizes if isinstance(size, str) and size not in sources), None)
     if unknown is not None:
-        raise Unfit(f"its size '{unknown}' is that of no value that is there without it", both)
+        raise Unfit(f"its size '{unknown}' is that of no value that is there without it", sides)
     return sizes
 
 

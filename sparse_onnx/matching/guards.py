@@ -34,6 +34,8 @@ class Guard:
         return is_single(self.mask)
 
 
+Side = tuple[ir.Node, int]
+"""A Where and the slot of one of its sides, 1 or 2."""
 Guards = frozenset[Guard]
 NONE: Guards = frozenset()
 
@@ -138,11 +140,11 @@ class Flow:
             owner = self.owner.get(use.node)
             yield (use.node, use.idx) if owner is None else (owner, -1)
 
-    def guards(self, without: Collection[Guard] = (), move_all: bool = False) -> dict[ir.Node, Guards]:
+    def guards(self, without: Collection[Side] = (), move_all: bool = False) -> dict[ir.Node, Guards]:
         """The conditions of each node; none for a node that must stay.
 
         Args:
-            without: conditions that do not count.
+            without: sides that count as always taken.
             move_all: as if no node had to stay but for those of our own.
         """
         found: dict[ir.Node, Guards] = dict.fromkeys(self.nodes, NONE)
@@ -159,7 +161,7 @@ class Flow:
                 for reader, slot in self.readers(value):
                     asked = found[reader]
                     select = self.selects.get(reader) if slot in (1, 2) else None
-                    if select is not None and select.guard(slot) not in without and not select.pads(slot):
+                    if select is not None and (reader, slot) not in without and not select.pads(slot):
                         asked = asked | {select.guard(slot)}
                     needed = asked if needed is None else needed & asked
             found[node] = needed or NONE

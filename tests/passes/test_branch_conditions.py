@@ -7,7 +7,9 @@ import collections
 import numpy as np
 import onnx_ir as ir
 import pytest
+from any_block import routing
 from any_body import Graph
+from builders import Shape, routed_model
 from conditional_graphs import (
     FLAG,
     MASK,
@@ -25,6 +27,7 @@ from conditional_graphs import (
 from executed import executed
 from harness import assert_close, check_rewrite, run_model
 from onnx import TensorProto, helper
+from quantized_blocks import Storage, quantized_model
 
 from sparse_onnx.passes.branch_conditions import BranchConditions
 from sparse_onnx.passes.fuse_gating import FuseGating
@@ -86,17 +89,14 @@ def test_a_mixture_of_depths() -> None:
     assert [products(after, each) for each in masks()] == [2, 2, 0, 0, 2]
 
 
-def test_a_mask_with_two_sides() -> None:
-    """Of a mask without elements neither side is taken: one runs for its sizes, though its width is 1 elsewhere."""
+@pytest.mark.parametrize(("first", "second"), [(8, 8), (8, 1), (1, 8)])
+def test_a_mask_with_two_sides(first: int, second: int) -> None:
+    """A mask without elements takes neither side: one runs all the same, for the sizes that both have."""
     graph = Graph()
-    wide, narrow = layer(graph, layer(graph, "x")), layer(graph, "x", 1)
-    for first, second in ((wide, narrow), (narrow, wide)):
-        fresh = Graph(nodes=list(graph.nodes), initializers=list(graph.initializers))
-        y = fresh.op("Where", "mask", first, second)
-        model = finished(fresh, [X, MASK], [y])
-        after, _ = check_rewrite(model, BranchConditions(), rewritten=1, feeds=masks())
-        wider = 2 if first == wide else 1
-        assert [products(after, each) for each in masks()][:3] == [3, wider, 3 - wider]
+    sides = [layer(graph, layer(graph, "x"), first), layer(graph, "x", second)]
+    model = finished(graph, [X, MASK], [graph.op("Where", "mask", *sides)])
+    after, _ = check_rewrite(model, BranchConditions(), rewritten=1, feeds=masks())
+    assert [products(after, each) for each in masks()][:4] == [3, 2, 1, 1]
 
 
 def test_masks_can_be_left_out() -> None:
@@ -136,6 +136,23 @@ def test_a_chain_of_early_exits() -> None:
     assert [products(after, each) for each in feeds] == [3, 5, 7, 8]
     inner = [node for graph in after.graphs() if graph is not after.graph for node in graph]
     assert not any(node.op_type == "If" for node in inner)
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_a_condition_computed_under_another(view: bool) -> None:
+    """What the inner condition rules reads nothing that is computed with it, and still waits for it."""
+    graph = Graph()
+    stop = sure(graph, "x", "bound")
+    stop = graph.op("Unsqueeze", stop, graph.ints(0)) if view else stop
+    inner = graph.op("Where", stop, "x", layer(graph, layer(graph, "x")))
+    model = finished(
+        graph,
+        [X, FLAG, ("bound", TensorProto.FLOAT, [])],
+        [graph.op("Where", "flag", "x", graph.op("Neg", inner))],
+    )
+    feeds = [each | {"bound": np.asarray(bound, np.float32)} for each in flags() for bound in (-1e9, 1e9)]
+    after, _ = check_rewrite(model, BranchConditions(), rewritten=2, feeds=feeds)
+    assert [products(after, each) for each in feeds] == [0, 0, 1, 3]
 
 
 def test_choices_of_one_condition_share_what_they_read() -> None:
@@ -210,8 +227,6 @@ def test_a_condition_that_is_expanded_first() -> None:
 
 def test_a_neutral_block_may_be_skipped() -> None:
     """It is lowered in the branch afterwards; its weights stay in the graph around it."""
-    from builders import Shape, routed_model
-
     model = routed_model(Shape(hidden=WIDTH, inner=WIDTH))
     block = next(iter(model.graph))
     tokens, y = block.inputs[0], block.outputs[0]
@@ -229,6 +244,47 @@ def test_a_neutral_block_may_be_skipped() -> None:
     lowered, _ = check_rewrite(after, FuseGating(), rewritten=1, feeds=feeds)
     assert "fc1.0" in lowered.graph.initializers
     assert [executed(lowered, each)["Gemm"] for each in feeds] == [8, 0]
+
+
+def test_quantized_weights_of_a_neutral_block_stay_outside() -> None:
+    """The block's lowering puts each expert's part beside them; in the branch ORT would hold them twice."""
+    shape = Shape(hidden=32, inner=48)
+    model = quantized_model(shape, Storage())
+    y, tokens = model.graph.outputs[0], model.graph.inputs[0]
+    flag = ir.Value(name="flag", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    model.graph.inputs.append(flag)
+    where = ir.node("Where", [flag, y, tokens], name="choice")
+    where.outputs[0].name, where.outputs[0].type, where.outputs[0].shape = "z", y.type, y.shape
+    model.graph.append(where)
+    model.graph.outputs[:] = [where.outputs[0]]
+    feeds = [routing(shape, 5, "random") | {"flag": np.asarray(taken)} for taken in (True, False)]
+    after, _ = check_rewrite(model, BranchConditions(), rewritten=1, feeds=feeds)
+    assert sum(node.op_type == "DequantizeLinear" for node in after.graph) == 2
+    lowered, _ = check_rewrite(after, FuseGating(), rewritten=1, feeds=feeds)
+    assert [executed(lowered, each)["MatMulNBits"] for each in feeds] == [8, 0]
+    held = {name for graph in lowered.graphs() if graph is not lowered.graph for name in graph.initializers}
+    assert "fc1.0" in lowered.graph.initializers and not any(name.startswith("fc") for name in held)
+
+
+def test_a_body_reads_what_leaves_its_branch() -> None:
+    graph = Graph()
+    hidden = layer(graph, "x")
+    value = helper.make_tensor_value_info
+    inner = [helper.make_node("Add", ["h", hidden], ["h2"]), helper.make_node("Identity", ["go"], ["go2"])]
+    inputs = [value("i", TensorProto.INT64, []), value("go", TensorProto.BOOL, [])]
+    body = helper.make_graph(
+        inner,
+        "body",
+        [*inputs, value("h", TensorProto.FLOAT, ["T", WIDTH])],
+        [value("go2", TensorProto.BOOL, []), value("h2", TensorProto.FLOAT, ["T", WIDTH])],
+    )
+    looped = graph.op("Loop", graph.constant(np.asarray(3)), "", "x", body=body)
+    chosen = [graph.op("Where", "flag", each, "x") for each in (hidden, looped)]
+    model = finished(graph, [X, FLAG], chosen)
+    for node in model.graph:
+        node.outputs[0].shape = ir.Shape(["T", WIDTH])
+    after, _ = check_rewrite(model, BranchConditions(), rewritten=2, feeds=flags())
+    assert [executed(after, each)["Loop"] for each in flags()] == [1, 0]
 
 
 def test_bodies_of_their_own() -> None:
