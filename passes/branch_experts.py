@@ -14,8 +14,14 @@ they would lie several graphs out and not be prepacked: 1.2 to 1.9 times slower,
 the branches there, and ORT holds them twice, as stored and packed. A loop runs as often as there are experts with
 tokens, however many experts there are; its rows are handed on as a sequence, which few providers know.
 
-Worth it for many experts (64 and more) and few tokens, and in deep models: nodes in branches cost session creation
-next to nothing, which is quadratic in the nodes of one graph.
+Time against grouped (ORT 1.32, one thread, float32, 8 experts a token, much alike at 1, 8 and 64 tokens):
+
+    experts of 1024 x 768        groups of 8      one If an expert      loop
+    64                           0.96             1.03 to 1.09          1.01 to 1.04
+    128                          0.92             0.95                  0.99 to 1.10
+
+Of tiny experts nodes are what counts: one token through 12 layers of 128 takes 0.68 by groups of 8, 1.03 by the loop.
+A session of 36 such layers is created in 0.6 of the time by groups of 8, in 3 times of it by the loop.
 
 Exact for every routing, as fuse_gating is. Quantized weights stay quantized; where they must be dequantized, only
 those of experts with tokens are.

@@ -32,7 +32,8 @@ TUNED = "tuned"
 #: Largest relative error of a token that float16 explains; the other precisions' bounds are those of the peers.
 _HALF_BOUND = 2e-2
 
-_INPUTS = 6
+#: Inputs, and rounds at least: at a thousand tokens a round of everybody takes seconds.
+_INPUTS, _FEWEST = 4, 5
 #: A form that copies more than this is not run at that token count.
 _LARGEST_COPY = 3e9
 _BITS: dict[str, float] = {"float32": 32, "float16": 32, "int8": 8, "int4": 4}
@@ -101,20 +102,21 @@ def run_case(
 
     torch.set_num_threads(threads)
     layers = shape.build()
-    neutral = export_layers(layers, precision, folder)
+    neutral = exported = export_layers(layers, precision, folder)
+    if precision in ("int8", "int4"):
+        neutral = quantized(exported, precision, folder)
     files, left_out = write_forms(neutral, precision, folder)
     costs = [
         dataclasses.replace(memory.measure(path, threads, (1, 64)), model=name)
         for name, path in files.items()
     ]
     sessions = {name: contestants.create(path, threads) for name, path in files.items()}
-    rivals = _Rivals(layers, precision, folder, threads, neutral) if peers else None
-    chosen: dict[int, str] = {}
+    rivals = _Rivals(layers, precision, folder, threads, exported) if peers else None
+    chosen = tuned_forms(neutral, tokens, threads, folder)
     errors: dict[str, float] = {}
     measured: list[BenchRow] = []
     dtype = np.float16 if precision == "float16" else np.float32
     for count in tokens:
-        chosen[count] = tuned_form(neutral, precision, count, threads, folder)
         inputs = [
             np.random.default_rng(seed).standard_normal((count, shape.hidden), dtype=np.float32).astype(dtype)
             for seed in range(_INPUTS)
@@ -136,7 +138,7 @@ def run_case(
         if count == 1:
             runs.append(limit(layers, inputs, precision, threads))
         runs.sort(key=lambda run: run.name != chosen[count])
-        times = interleave(runs, _INPUTS, rounds=rounds, min_time=min_time)
+        times = interleave(runs, _INPUTS, rounds=rounds, min_time=min_time, fewest=_FEWEST)
         measured += rows([run.name for run in runs], count, times)
     if rivals is not None:
         rivals.close()
@@ -169,7 +171,7 @@ def write_forms(neutral: Path, precision: Precision, folder: Path) -> tuple[dict
     bits = str(int(_BITS[precision]) % 32)
     for index, form in enumerate(targets.get("cpu").candidates[bits]):
         path = folder / f"form{index}.onnx"
-        report = optimize(neutral, path, form=form, quantize=quantization(precision), verify="none")
+        report = optimize(neutral, path, form=form, verify="none")
         if (report.blocks[0].form or "").partition(":")[0] == form.partition(":")[0]:
             files[form] = path
         else:
@@ -177,26 +179,36 @@ def write_forms(neutral: Path, precision: Precision, folder: Path) -> tuple[dict
     return files, left_out
 
 
-def quantization(precision: Precision) -> Literal["int8", "int4"] | None:
-    return precision if precision in ("int8", "int4") else None  # type: ignore[return-value]
+def quantized(neutral: Path, precision: Literal["int8", "int4"], folder: Path) -> Path:
+    """The layers in neutral form with quantized experts: every form starts from the same weights."""
+    from sparse_onnx.optimize.api import optimize
+    from sparse_onnx.passes import PIPELINE
+
+    path = folder / "quantized.onnx"
+    lowerings = [step.name for step in PIPELINE if step.forms]
+    optimize(neutral, path, quantize=precision, skip=lowerings, verify="none")
+    return path
 
 
-def tuned_form(neutral: Path, precision: Precision, tokens: int, threads: int, folder: Path) -> str:
-    """What `optimize --tune` takes for this token count."""
+def tuned_forms(neutral: Path, tokens: Sequence[int], threads: int, folder: Path) -> dict[int, str]:
+    """The form that `--tune` measures as the fastest at each token count."""
     from sparse_onnx.optimize.api import optimize
 
     report = optimize(
         neutral,
         folder / "tuned.onnx",
-        quantize=quantization(precision),
         tune=True,
-        tokens=(tokens,),
+        tokens=tokens,
         threads=threads,
         verify="none",
         dry_run=True,
     )
     assert report.tuning is not None
-    return next(row.form for row in report.tuning.rows if row.chosen)
+    found = {}
+    for count in tokens:
+        rows = [row for row in report.tuning.rows if row.tokens == count]
+        found[count] = min(rows, key=lambda row: row.ratio_to_default).form
+    return found
 
 
 class _Rivals:

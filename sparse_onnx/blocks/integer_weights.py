@@ -184,7 +184,7 @@ class IntegerWeights:
         if known is not None:
             return known
         numbers = self._quantized(expert)
-        for name in ("codes", "scales", "points"):
+        for name in ("codes", "scales") if self.width.symmetric else ("codes", "scales", "points"):
             self._kept.put((self._key, expert, name), getattr(numbers, name))
         return getattr(numbers, what)
 
@@ -217,17 +217,17 @@ def quantize(matrix: np.ndarray, width: Width) -> Numbers:
     blocks = -(-inputs // width.block) if width.block else 1
     codes = np.empty((outputs, inputs * width.bits // 8), np.uint8)
     scales = np.empty((outputs, blocks), np.float32)
-    points = np.empty((outputs, blocks), np.uint8)
+    points = np.full((outputs, blocks), 1 << (width.bits - 1), np.uint8)
     step = max(1, _CHUNK // max(1, inputs))
     for start in range(0, outputs, step):
         at = slice(start, start + step)
         rows = matrix[at]
         if not np.isfinite(rows).all():
             raise ValueError("its weights are not all finite")
-        if width.block:
-            codes[at], scales[at], points[at] = _in_blocks(rows, width)
-        else:
-            codes[at], scales[at], points[at] = _row_by_row(rows, width, matrix.dtype)
+        found = _in_blocks(rows, width) if width.block else _row_by_row(rows, width, matrix.dtype)
+        codes[at], scales[at] = found[:2]
+        if not width.symmetric:
+            points[at] = found[2]
     return Numbers(codes.reshape(-1), scales.astype(matrix.dtype), points)
 
 

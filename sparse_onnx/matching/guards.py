@@ -59,10 +59,8 @@ class Select:
         """None for anything else, also a Where that chooses within rows, as attention masks do, or by a constant."""
         if node.domain != "" or node.op_type != "Where" or len(node.inputs) != 3 or None in node.inputs:
             return None
-        condition, first, second = node.inputs
+        condition = node.inputs[0]
         assert condition is not None
-        if first is second:
-            return None
         mask, negated = condition, False
         while (view := producer(mask, "Not", *_VIEWS)) is not None and view.inputs[0] is not None:
             negated ^= view.op_type == "Not"

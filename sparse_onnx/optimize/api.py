@@ -29,6 +29,7 @@ from sparse_onnx.optimize.prepacked import save_prepacked
 from sparse_onnx.optimize.resident import note, residency
 from sparse_onnx.optimize.tuning_file import TuningFile
 from sparse_onnx.passes import Phase
+from sparse_onnx.passes.fuse_moe_op import REQUIRES_KEY
 from sparse_onnx.passes.repair_scatter_add import RepairScatterAdd
 from sparse_onnx.targets import machine
 from sparse_onnx.verify.lowering import verify_lowering
@@ -137,6 +138,8 @@ def optimize(
         report.verify = checks.finish(model)
         report.placement = checks.placement
         report.notes += [*result.notes, *checks.notes]
+        if REQUIRES_KEY in model.metadata_props:
+            report.notes.append(f"the result needs {model.metadata_props[REQUIRES_KEY]}")
         if _holds(model, ir.DataType.FLOAT16):
             report.notes.append(
                 "float16 weights: the provider computes in float32, and keeps float32 copies of them"

@@ -31,8 +31,8 @@ from sparse_onnx.optimize.runner import Planned
 from sparse_onnx.targets import TargetProfile, machine
 
 #: Inputs of a token count; every other one has a skewed routing.
-_INPUTS = 6
-_ROUNDS = 12
+_INPUTS = 4
+_ROUNDS = 10
 #: A form must beat the default by this much, twice: below it is noise.
 _WORTH = 0.97
 #: Of the cache that is emptied: caches of servers are shared, and a machine of one tenant has not all of it.

@@ -8,14 +8,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "optimize"))
 
-from large import peak_kb, write_sparse  # noqa: E402
+from large import peak_kb, write_sparse
 
 
 def main() -> None:
     import sparse_onnx
 
     folder = Path(sys.argv[1])
-    source = write_sparse(folder, experts=64, top_k=8, hidden=2048, inner=768, layers=1)
+    source = write_sparse(folder, *map(int, sys.argv[2:]))
     baseline = peak_kb()
     report = sparse_onnx.optimize(source, folder / "out.onnx", form="grouped", quantize="int4")
     assert report.model is not None and report.output is not None and report.verify is not None

@@ -279,12 +279,12 @@ def test_a_body_reads_what_leaves_its_branch() -> None:
         [value("go2", TensorProto.BOOL, []), value("h2", TensorProto.FLOAT, ["T", WIDTH])],
     )
     looped = graph.op("Loop", graph.constant(np.asarray(3)), "", "x", body=body)
-    chosen = [graph.op("Where", "flag", each, "x") for each in (hidden, looped)]
-    model = finished(graph, [X, FLAG], chosen)
+    chosen = [graph.op("Where", "mask", each, "x") for each in (hidden, looped)]
+    model = finished(graph, [X, MASK], chosen)
     for node in model.graph:
         node.outputs[0].shape = ir.Shape(["T", WIDTH])
-    after, _ = check_rewrite(model, BranchConditions(), rewritten=2, feeds=flags())
-    assert [executed(after, each)["Loop"] for each in flags()] == [1, 0]
+    after, _ = check_rewrite(model, BranchConditions(), rewritten=2, feeds=masks())
+    assert [executed(after, each)["Loop"] for each in masks()[:3]] == [1, 1, 0]
 
 
 def test_bodies_of_their_own() -> None:

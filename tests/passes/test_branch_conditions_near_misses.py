@@ -36,6 +36,12 @@ def _attention(graph: Graph) -> str:
     return graph.op("Softmax", graph.op("Where", seen, scores, graph.constant(np.float32(-1e9))))
 
 
+def _within_rows(graph: Graph) -> str:
+    return graph.op(
+        "Where", graph.op("Less", "x", graph.vector(WIDTH)), layer(graph, "x"), graph.op("Neg", "x")
+    )
+
+
 def _cheap(graph: Graph) -> str:
     return graph.op("Where", "mask", graph.op("Tanh", "x"), "x")
 
@@ -77,6 +83,7 @@ def _constant(graph: Graph) -> str:
 ALONE = [
     _product_with_a_mask,
     _attention,
+    _within_rows,
     _cheap,
     _read_elsewhere,
     _decides_itself,
