@@ -38,8 +38,11 @@ types: $(READY) ## mypy over the built package
 	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p sparse_onnx
 
-bench: $(READY) ## the measurements of docs/benchmarks.md
+bench: $(READY) ## the measurements of docs/benchmarks.md; for the peers: .venv/bin/pip install -e '.[bench-peers]'
 	$(BIN)/python -m sparse_onnx.bench.suite
+	$(BIN)/python -m sparse_onnx.bench.quality
+	$(BIN)/python -m sparse_onnx.bench.resident
+	$(BIN)/python -m sparse_onnx.bench.startup
 
 clean: ## remove what was built, .venv too
 	rm -rf $(VENV) build dist out *.egg-info

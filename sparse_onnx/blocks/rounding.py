@@ -14,8 +14,12 @@ import onnx_ir as ir
 from sparse_onnx.blocks.nbits import DOMAIN, EXACT, ROUNDED
 from sparse_onnx.graph.branches import Branch, emit_if, inside
 from sparse_onnx.graph.build import Emitter, Namespace
+from sparse_onnx.graph.external import read_array
 
 INT8, INT8_BATCH = "int8", "int8_batch"
+
+#: Inputs of QMoE: scales of its three projections, and where zero points begin.
+_SCALES, _FIRST_ZERO_POINT = (3, 6, 9), 11
 
 
 def rounding(nodes: Iterable[ir.Node]) -> str | None:
@@ -28,7 +32,7 @@ def without_rounding(model: ir.Model) -> str | None:
     """Replaces kernels that round activations by ones that do not and multiply by the same stored integers.
 
     Returns:
-        How what is left rounds: QMoE has no other kernel for 8-bit weights in blocks.
+        How what is left rounds: QMoE has no other kernel for 8-bit weights in blocks, if a row has several scales.
     """
     names = Namespace(model)
     for node in list(model.graph.all_nodes()):
@@ -36,6 +40,8 @@ def without_rounding(model: ir.Model) -> str | None:
             continue
         if node.op_type == "DynamicQuantizeMatMul":
             _dequantize(node, names)
+        elif node.op_type == "QMoE" and _integer(node, "expert_weight_bits") == 8:
+            _row_by_row(node, names)
         elif _integer(node, "accuracy_level") == ROUNDED:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", EXACT)
     return rounding(model.graph)
@@ -70,6 +76,23 @@ def _rounds(node: ir.Node) -> str | None:
 def _integer(node: ir.Node, name: str) -> int:
     attribute = node.attributes.get(name)
     return 0 if attribute is None or attribute.is_ref() else attribute.as_int()
+
+
+def _row_by_row(node: ir.Node, names: Namespace) -> None:
+    """One scale a row in place of one a block, which are the same: the operator then takes activations as they are."""
+    scales = {at: node.inputs[at] for at in _SCALES if at < len(node.inputs) and node.inputs[at] is not None}
+    tensors = {at: value.const_value for at, value in scales.items() if value is not None}
+    if any(value is not None for value in node.inputs[_FIRST_ZERO_POINT:]) or None in tensors.values():
+        return
+    arrays = {at: read_array(tensor) for at, tensor in tensors.items() if tensor is not None}
+    if not all(array.ndim == 3 and (array == array[..., :1]).all() for array in arrays.values()):
+        return
+    assert isinstance(node.graph, ir.Graph)
+    for at, array in arrays.items():
+        rows = ir.Tensor(np.ascontiguousarray(array[..., 0]), name=f"{node.name}/scales_{at}")
+        node.replace_input_with(at, names.initializer(node.graph, (node, at), rows))
+    for name in ("block_size", "accuracy_level"):
+        node.attributes.pop(name, None)
 
 
 def _dequantize(node: ir.Node, names: Namespace) -> None:

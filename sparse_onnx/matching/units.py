@@ -84,23 +84,24 @@ class _Walk:
 
     def visit(self, node: ir.Node) -> None:
         sources = self._sources(node)
+        own = self.guards[node]
         key = self._key(node)
-        turn = self._turn(sources, key)
+        turn = self._turn(sources, key, own)
         select = self.flow.selects.get(node)
-        if self.guards[node] == NONE and select is not None and select.guard(1).single:
+        if own == NONE and select is not None and select.guard(1).single:
             # An If gives its result itself where it computes one of its sides.
-            turn = self._turn(sources, select.mask)
+            turn = self._turn(sources, select.mask, own)
             sides = {select.side(slot).producer() for slot in (1, 2)}
-            if any(self._inside(side, select.mask, turn) for side in sides if side is not None):
+            if any(self._reaches(side, select.mask, turn, own) for side in sides if side is not None):
                 key = select.mask
         self.place[node] = (key, turn if key is not None else 0)
         later: dict[Key, int] = {}
         for source in sources:
-            own, at = self.place[source]
-            if own is not None and not self._inside(source, key, at):
-                later[own] = max(later.get(own, 0), at + 1)
-            for other, first in self.later[source].items():
-                later[other] = max(later.get(other, 0), first)
+            other, at = self.place[source]
+            if other is not None and not self._reaches(source, key, at, own):
+                later[other] = max(later.get(other, 0), at + 1)
+            for each, first in self.later[source].items():
+                later[each] = max(later.get(each, 0), first)
         self.later[node] = later
 
     def _key(self, node: ir.Node) -> Key | None:
@@ -111,17 +112,20 @@ class _Walk:
                 return guard.mask
         return own or None
 
-    def _turn(self, sources: Sequence[ir.Node], key: Key | None) -> int:
+    def _turn(self, sources: Sequence[ir.Node], key: Key | None, own: Guards) -> int:
+        """The first unit of that key that a node with those conditions and sources may be in."""
         turn = 0
         if key is None:
             return turn
         for source in sources:
-            own, at = self.place[source]
+            other, at = self.place[source]
             turn = max(turn, self.later[source].get(key, 0))
-            if own == key:
-                turn = max(turn, at if self._inside(source, key, at) else at + 1)
+            if other == key:
+                turn = max(turn, at if self._reaches(source, key, at, own) else at + 1)
         return turn
 
-    def _inside(self, node: ir.Node, key: Key | None, turn: int) -> bool:
-        """Whether the node runs in a branch of that unit; a Where whose result its If gives does not."""
-        return self.place.get(node) == (key, turn) and self.guards[node] != NONE
+    def _reaches(self, node: ir.Node, key: Key | None, turn: int, reader: Guards) -> bool:
+        """Whether the node runs in a branch of that unit from which one with the reader's conditions may read: the same
+        branch, or the If that gives a result itself. A Where whose result its If gives runs in none."""
+        own = self.guards[node]
+        return self.place.get(node) == (key, turn) and own != NONE and reader in (own, NONE)

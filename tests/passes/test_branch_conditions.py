@@ -181,6 +181,17 @@ def test_one_condition_again_behind_its_own_result() -> None:
     assert [products(after, each) for each in flags()] == [2, 0]
 
 
+def test_a_condition_within_itself() -> None:
+    """The inner Where stands on one side and reads, without ever taking it, what the other side computes."""
+    graph = Graph()
+    other = layer(graph, "x")
+    inner = graph.op("Where", "flag", graph.op("Neg", layer(graph, "x")), other)
+    y = graph.op("Where", "flag", graph.op("Abs", inner), layer(graph, other))
+    model = finished(graph, [X, FLAG], [y])
+    after, _ = check_rewrite(model, BranchConditions(), rewritten=2, feeds=flags())
+    assert [products(after, each) for each in flags()] == [1, 2]
+
+
 def test_what_is_not_taken_does_not_run() -> None:
     """Exact where the original gives an answer: here it fails in the part that is not taken."""
     graph = Graph()

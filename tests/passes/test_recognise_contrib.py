@@ -108,7 +108,7 @@ def test_quantized_weights_stay_quantized(case: Case) -> None:
         array.nbytes for array in weights(dataclasses.replace(case, bits=0), rng()).values()
     )
     kinds = [node.op_type for node in lowered.graph]
-    fits = case.hidden % 16 == case.inner % 16 == 0
+    fits = not case.block or case.hidden % 16 == case.inner % 16 == 0  # whole rows are filled up
     assert kinds.count("MatMulNBits") == (2 * case.experts if fits else 0)
     assert kinds.count("DequantizeLinear") == (0 if fits else 2 * case.experts)
 
