@@ -22,7 +22,7 @@ embeddings, norms, biases and shared experts stay in float. Block-wise Dequantiz
 models become. Enters If, Loop and Scan bodies; functions were inlined before.
 
 Refused: weights that are quantized already, that are not constants of the model, or of another type than float32 and
-float16; an odd number of inputs, in 4 bits; models that cannot become opset 21.
+float16; an odd number of inputs, in 4 bits; experts of other bodies (`Combine`); models that cannot become opset 21.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.blocks import MoEBlock, WeightLayout, blocks
+from sparse_onnx.blocks import MoEBlock, WeightLayout, blocks, combine_blocks
 from sparse_onnx.blocks.expert_weights import obstacle
 from sparse_onnx.blocks.integer_weights import IntegerWeights, Kept, Width
 from sparse_onnx.blocks.lowering import ACTIVATIONS_KEY, Problem
@@ -49,6 +49,7 @@ from sparse_onnx.passes.convert_opset import ConvertOpset
 _OPSET = 21
 _SMALLEST, _LARGEST = 16, 256
 _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+_OTHER = "its experts are no networks of two layers, whose matrices could be told"
 #: Elements of a block that are quantized to say what they lose; of larger blocks, some experts.
 _MEASURED = 1 << 23
 
@@ -105,8 +106,13 @@ class QuantizeExperts(Pass):
             for block in found
             if (problem := problems[block.node]) is not None
         ]
-        modified = bool(chosen) or converted
-        return Outcome(model, modified, len(found), len(chosen), tuple(refusals), tuple(work.notes()))
+        others = combine_blocks(model)
+        refusals += [
+            Refusal(f"block '{block.name}': {_OTHER}", block.node.name or "", by=self.name)
+            for block in others
+        ]
+        matched, modified = len(found) + len(others), bool(chosen) or converted
+        return Outcome(model, modified, matched, len(chosen), tuple(refusals), tuple(work.notes()))
 
     def _problem(self, block: MoEBlock) -> Problem | None:
         for role in block.spec.roles:
@@ -134,11 +140,15 @@ class QuantizeExperts(Pass):
         return Width(self.bits, min(wanted, fitting) if fitting >= _SMALLEST else wanted, self.symmetric)
 
 
+def _tensors(block: MoEBlock) -> list[ir.TensorProtocol]:
+    found = [block.weights[role].const_value for role in block.spec.roles]
+    return [tensor for tensor in found if tensor is not None]
+
+
 def _inputs(block: MoEBlock) -> list[int]:
     """Of each matrix."""
     axis = 2 if block.spec.weight_layout == WeightLayout.OUT_IN else 1
-    tensors = [block.weights[role].const_value for role in block.spec.roles]
-    return [tensor.shape.numpy()[axis] for tensor in tensors if tensor is not None]
+    return [tensor.shape.numpy()[axis] for tensor in _tensors(block)]
 
 
 class _Work:
@@ -146,7 +156,7 @@ class _Work:
 
     def __init__(self, model: ir.Model, activations: str) -> None:
         self.names, self.kept, self.activations = Namespace(model), Kept(), activations
-        self.known: dict[tuple[ir.Value, Width], tuple[IntegerWeights, ir.Value]] = {}
+        self.known: dict[tuple[ir.Value, Width, bool], tuple[IntegerWeights, ir.Value]] = {}
         self.lost: dict[Width, list[str]] = defaultdict(list)
 
     def quantize(self, block: MoEBlock, width: Width) -> None:
@@ -170,24 +180,25 @@ class _Work:
 
     def _numbers(self, block: MoEBlock, value: ir.Value, width: Width) -> tuple[IntegerWeights, ir.Value]:
         """The weight in integers, and the value that dequantizes them: in the graph that holds the weight."""
-        if (value, width) in self.known:
-            return self.known[value, width]
+        turned = block.spec.weight_layout == WeightLayout.IN_OUT
+        key = (value, width, turned)
+        if key in self.known:
+            return self.known[key]
         graph, tensor = value.graph, value.const_value
         assert isinstance(graph, ir.Graph) and tensor is not None
-        turned = block.spec.weight_layout == WeightLayout.IN_OUT
         weight = IntegerWeights(tensor, width, turned, self.kept)
         emit = Emitter(graph, self.names, f"{value.name}/int{width.bits}")
         inputs = []
         for what, part in (("codes", weight.data), ("scale", weight.scale), ("point", weight.zero_point)):
             part.name = f"{value.name}.{what}"
-            inputs.append(self.names.initializer(graph, (value, width, what), part))
+            inputs.append(self.names.initializer(graph, (*key, what), part))
         numbers = emit.op("DequantizeLinear", *inputs, axis=2, block_size=width.block or weight.inputs)
         numbers.name = self.names.free(f"{value.name}.int{width.bits}")
         numbers.dtype, numbers.shape = tensor.dtype, ir.Shape(weight.quantized().shape)
         # Right in front of its reader: a model that runs like this holds few matrices of numbers at a time.
         before = block.node if block.node.graph is graph else graph[0]
         graph.insert_before(before, emit.nodes)
-        self.known[value, width] = weight, numbers
+        self.known[key] = weight, numbers
         return weight, numbers
 
     def notes(self) -> list[str]:
@@ -207,6 +218,6 @@ class _Work:
 def _measured(block: MoEBlock) -> list[int]:
     """Experts that say what all of them lose: all, or evenly many of a large block."""
     experts = block.experts or 0
-    each = sum(math.prod(block.weights[role].shape.numpy()[1:]) for role in block.spec.roles)  # type: ignore[union-attr]
+    each = sum(tensor.size for tensor in _tensors(block)) // max(1, experts)
     count = min(experts, max(1, _MEASURED // max(1, each)))
     return sorted({int(at) for at in np.linspace(0, experts - 1, count).round()})

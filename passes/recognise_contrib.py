@@ -154,6 +154,7 @@ def _router(emit: Emitter, found: Contrib) -> tuple[ir.Value, ir.Value]:
         index = emit.op("Sub", emit.constant(np.asarray(experts - 1, np.int64)), index)
     if picked is not None:
         chosen = emit.op("GatherElements", _as_float(emit, picked), index, axis=1)
+    chosen.dtype, chosen.shape = _FLOAT, ir.Shape([None, top_k])
     weight = chosen
     if picked is None and not softmax_first:
         weight = emit.op("Softmax", chosen, axis=-1)

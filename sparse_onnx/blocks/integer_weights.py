@@ -112,8 +112,8 @@ class IntegerWeights:
         self.experts = experts
         self.outputs, self.inputs = (second, first) if transposed else (first, second)
         self.blocks = -(-self.inputs // width.block) if width.block else 1
-        self.data = self._stack(self._data, width.dtype, (self.outputs, self.inputs))
-        self.scale = self._stack(self._scale, source.dtype, self._grid)
+        self.data = self._stack(self._data, width.dtype, (self.outputs, self.inputs), "")
+        self.scale = self._stack(self._scale, source.dtype, self._grid, ".scale")
         self.zero_point = self._zero_points()
 
     @property
@@ -121,10 +121,13 @@ class IntegerWeights:
         return self.outputs, self.blocks
 
     def _stack(
-        self, of: Callable[[int], ir.TensorProtocol], dtype: ir.DataType, shape: tuple[int, int]
+        self, of: Callable[[int], ir.TensorProtocol], dtype: ir.DataType, shape: tuple[int, int], what: str
     ) -> ir.TensorProtocol:
+        name = f"{self.source.name}.int{self.width.bits}"
         parts = [
-            ir.LazyTensor(functools.partial(of, expert), dtype, ir.Shape(shape), name=str(expert))
+            ir.LazyTensor(
+                functools.partial(of, expert), dtype, ir.Shape(shape), name=f"{name}.{expert}{what}"
+            )
             for expert in range(self.experts)
         ]
         return Stacked(parts, self.source.name or "weight")
@@ -137,7 +140,7 @@ class IntegerWeights:
                 return Stacked([each] * self.experts, self.source.name or "weight")
             return self._integers(np.repeat(middle[None], self.experts, 0))
         if self.outputs * self.blocks * self.width.bits % 8 == 0:
-            return self._stack(self._point, self.width.dtype, self._grid)
+            return self._stack(self._point, self.width.dtype, self._grid, ".zero_point")
         shape = ir.Shape([self.experts, *self._grid])  # parts that do not end on whole bytes: all at once
         return ir.LazyTensor(self._all_points, self.width.dtype, shape, cache=True)
 

@@ -126,10 +126,8 @@ class Quantized:
         if not self.block and parameter.size == 1:
             return parameter.astype(np.float32).reshape(())
         if self.block and self.axis:
-            own = parameter[rows].astype(np.float32)
-            return np.repeat(own, self.block, self.axis)[
-                (slice(None),) * self.axis + (slice(self.shape[self.axis]),)
-            ]
+            along = np.arange(self.shape[self.axis]) // self.block
+            return parameter[rows].astype(np.float32).take(along, self.axis)
         if self.axis == 0:
             parameter = parameter[rows // max(1, self.block)]
         if not self.block:

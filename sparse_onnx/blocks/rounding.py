@@ -18,8 +18,8 @@ from sparse_onnx.graph.external import read_array
 
 INT8, INT8_BATCH = "int8", "int8_batch"
 
-#: Inputs of QMoE: scales of its three projections, and where zero points begin.
-_SCALES, _FIRST_ZERO_POINT = (3, 6, 9), 11
+#: Inputs of QMoE: scales and zero points of its three projections.
+_SCALES, _ZERO_POINTS = (3, 6, 9), slice(11, 14)
 
 
 def rounding(nodes: Iterable[ir.Node]) -> str | None:
@@ -82,7 +82,7 @@ def _row_by_row(node: ir.Node, names: Namespace) -> None:
     """One scale a row in place of one a block, which are the same: the operator then takes activations as they are."""
     scales = {at: node.inputs[at] for at in _SCALES if at < len(node.inputs) and node.inputs[at] is not None}
     tensors = {at: value.const_value for at, value in scales.items() if value is not None}
-    if any(value is not None for value in node.inputs[_FIRST_ZERO_POINT:]) or None in tensors.values():
+    if any(value is not None for value in node.inputs[_ZERO_POINTS]) or None in tensors.values():
         return
     arrays = {at: read_array(tensor) for at, tensor in tensors.items() if tensor is not None}
     if not all(array.ndim == 3 and (array == array[..., :1]).all() for array in arrays.values()):

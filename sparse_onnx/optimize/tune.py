@@ -39,6 +39,10 @@ _WORTH = 0.97
 _MOST_CACHE = 512 << 20
 
 
+#: Bytes that a form may make for one run: with more it is no candidate, and measuring it could end the process.
+_LARGEST_WORK = 2 << 30
+
+
 @dataclasses.dataclass(frozen=True)
 class Measurement:
     """One kind of block: times in ms by form and token count, those relative to the default form, and the choice."""
@@ -136,6 +140,10 @@ class _Tuner:
         if base is None:
             return Measurement(kind, default, {}, {}, left_out)
         for number, form in enumerate(form for form in candidates if form != default):
+            work = max(working_bytes(kind, form, count) for count in self.tokens)
+            if work > _LARGEST_WORK:
+                left_out[str(form)] = f"would work on {work / 1e9:.1f} GB at {max(self.tokens)} tokens"
+                continue
             self._say(f"measuring {form} for {kind.names[0]}")
             built = self._build(kind, form, f"c{number}", left_out)
             if built is None:
@@ -219,6 +227,17 @@ class _Eviction:
 
     def __call__(self) -> None:
         self.memory.max()
+
+
+def working_bytes(kind: Kind, form: Form, tokens: int) -> int:
+    """Roughly what a run makes beside the tokens' own rows: copies of weights, or rows of every expert."""
+    sizes = (kind.facts.get(name) for name in ("experts", "top_k", "hidden", "inner"))
+    experts, top_k, hidden, inner = (size if isinstance(size, int) else 0 for size in sizes)
+    if form.name == "gathered":
+        return 4 * tokens * top_k * 3 * inner * hidden
+    if form.name == "dense":
+        return 4 * tokens * experts * (3 * inner + hidden)
+    return 0
 
 
 def _feeds(

@@ -100,6 +100,17 @@ def test_forms_that_refuse_are_told(source: Path, tmp_path: Path, timed) -> None
     ]
 
 
+def test_forms_that_would_need_too_much_memory_are_not_run(
+    source: Path, tmp_path: Path, timed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed(["gathered", "dense"], 2.0)
+    monkeypatch.setattr(tuner, "_LARGEST_WORK", 4 * 9 * 2 * 3 * 48 * 32 - 1)  # what 9 tokens gather, less a byte
+    report = sparse_onnx.optimize(source, tmp_path / "out.onnx", tune=True, tokens=(9,), verify="none")
+    assert report.tuning is not None
+    [text] = report.tuning.left_out
+    assert "gathered: would work on" in text and {row.form for row in report.tuning.rows} == {"grouped", "dense"}
+
+
 def test_measurements_are_kept_and_decide(source: Path, tmp_path: Path, timed) -> None:
     file = tmp_path / "t.json"
     measured = timed(["branched:style=expert"], 0.5, 0.5)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from any_body import dense_model, outlined
 from builders import Shape, layered_model, routed_model, save_external
 from harness import assert_close, check_rewrite, run_model
 from onnx import TensorProto, helper
@@ -269,6 +270,13 @@ def test_refused() -> None:
     model = routed_model(SHAPE, opset=21)
     model.graph.inputs.append(model.graph.initializers["fc1"])
     check_rewrite(model, QuantizeExperts(), rewritten=0, refused=["fc1 is computed or passed in"])
+
+
+def test_experts_of_other_bodies_are_refused() -> None:
+    model, _ = outlined(dense_model(lambda graph, x, expert: graph.op("MatMul", x, graph.weight(16, 16))))
+    outcome = QuantizeExperts()(model)
+    assert not outcome.modified and outcome.matched == 1
+    assert "no networks of two layers" in outcome.refusals[0].reason
 
 
 def test_one_of_two_blocks_is_refused() -> None:
