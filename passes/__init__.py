@@ -14,7 +14,8 @@ class Step:
     """One step of the pipeline.
 
     `name` is a registered pass, or `onnx_ir:CLASS` of onnx-ir's common passes. `forms` limits a lowering to the
-    targets and blocks that take that form; empty means always. A step that is `asked` runs only where the user names it.
+    targets and blocks that take that form; empty means always. A step that is `asked` runs only where the user names
+    it.
     """
 
     phase: Phase

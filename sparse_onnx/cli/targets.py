@@ -35,8 +35,14 @@ def command(name: str | None, output: Output) -> None:
 def _entry(name: str) -> dict[str, Any]:
     from sparse_onnx import targets
 
-    entry = dataclasses.asdict(targets.get(name))
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in entry.items()}
+    return _plain(dataclasses.asdict(targets.get(name)))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, at any depth."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _list(out: Console, entries: list[dict[str, Any]]) -> None:
@@ -53,9 +59,13 @@ def _show(out: Console, entry: dict[str, Any]) -> None:
 
 
 def _rows(entry: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested tables as rows `table.key`."""
+    """Nested tables as rows `table.key`, lists of tables as rows `table.number`."""
     for key, value in entry.items():
         if isinstance(value, dict):
             yield from _rows(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for number, item in enumerate(value, start=1):
+                conditions = ", ".join(f"{name} {given}" for name, given in item.items() if given)
+                yield f"{prefix}{key}.{number}", conditions
         else:
             yield f"{prefix}{key}", ", ".join(value) if isinstance(value, list) else value

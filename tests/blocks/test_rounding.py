@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 from builders import Shape, layered_model
 from harness import assert_close, run_model
+from ort.graphs import since
 
 from sparse_onnx.blocks.rounding import INT8, INT8_BATCH, rounding, without_rounding
 from sparse_onnx.core.passes import Pass
@@ -32,8 +33,8 @@ CASES = [
     (BranchExperts(style="expert"), 4, INT8),
     (BranchExperts(group=3), 8, INT8),
     (BranchExperts(style="loop"), 4, INT8),
-    (FuseMoEOp(), 4, INT8),
-    (FuseMoEOp(), 8, INT8),
+    pytest.param(FuseMoEOp(), 4, INT8, marks=since(1, 31)),
+    pytest.param(FuseMoEOp(), 8, INT8, marks=since(1, 31)),
 ]
 
 
@@ -50,8 +51,8 @@ def test_the_same_graph_without_rounding(lowering: Pass, bits: int, kind: str) -
     copy = lowered.clone()
     assert without_rounding(copy) is None and rounding(copy.graph) is None
     assert_close(expected, run_model(copy, X, threads=2)[0], 2e-6)
-    nothing = {"x": X["x"][:0]}
-    assert run_model(copy, nothing)[0].shape == (0, SHAPE.hidden)
+    one = {"x": X["x"][:1]}  # most experts have no tokens
+    assert_close(run_model(model, one)[0], run_model(copy, one)[0], 2e-6)
     assert ir.to_proto(lowered).SerializeToString() == before, "only the copy was changed"
 
 
@@ -72,7 +73,5 @@ def test_experts_of_float_do_not_round() -> None:
 def test_what_has_no_other_kernel_stays() -> None:
     """QMoE with 8-bit weights in blocks."""
     model = quantized(bits=8, block=32)
-    FuseMoEOp()(model)
-    if not [node for node in model.graph if node.op_type == "QMoE"]:
-        pytest.skip("this ONNX Runtime's QMoE does not take them")
+    assert FuseMoEOp()(model).rewritten == 1
     assert rounding(model.graph) == INT8 and without_rounding(model) == INT8

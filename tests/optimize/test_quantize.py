@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from builders import Shape, layered_model, save_external
 from onnx import TensorProto, helper
+from ort.graphs import since
 from verify.variants import edited
 
 from sparse_onnx.core.errors import VerificationError
@@ -24,7 +25,9 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("width", ["int4", "int8"])
-@pytest.mark.parametrize("form", ["grouped", "branched", "fused", "gathered", "dense"])
+@pytest.mark.parametrize(
+    "form", ["grouped", "branched", "gathered", "dense", pytest.param("fused", marks=since(1, 31))]
+)
 def test_every_form(source: Path, tmp_path: Path, width: str, form: str) -> None:
     out = tmp_path / "out.onnx"
     report = optimize(source, out, quantize=width, form=form)

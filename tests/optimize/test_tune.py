@@ -104,11 +104,16 @@ def test_forms_that_would_need_too_much_memory_are_not_run(
     source: Path, tmp_path: Path, timed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed(["gathered", "dense"], 2.0)
-    monkeypatch.setattr(tuner, "_LARGEST_WORK", 4 * 9 * 2 * 3 * 48 * 32 - 1)  # what 9 tokens gather, less a byte
+    monkeypatch.setattr(
+        tuner, "_LARGEST_WORK", 4 * 9 * 2 * 3 * 48 * 32 - 1
+    )  # what 9 tokens gather, less a byte
     report = sparse_onnx.optimize(source, tmp_path / "out.onnx", tune=True, tokens=(9,), verify="none")
     assert report.tuning is not None
     [text] = report.tuning.left_out
-    assert "gathered: would work on" in text and {row.form for row in report.tuning.rows} == {"grouped", "dense"}
+    assert "gathered: would work on" in text and {row.form for row in report.tuning.rows} == {
+        "grouped",
+        "dense",
+    }
 
 
 def test_measurements_are_kept_and_decide(source: Path, tmp_path: Path, timed) -> None:
@@ -146,7 +151,12 @@ def test_files_that_do_not_do(source: Path, tmp_path: Path, timed) -> None:
     out = tmp_path / "out.onnx"
     with pytest.raises(UsageError, match="does not exist"):
         sparse_onnx.optimize(source, out, tuning=file)
-    for text in ("", "{}", "[1]", '{"schema": 1, "command": "tuning", "entries": [{"key": 1}], "environment": {}}'):
+    for text in (
+        "",
+        "{}",
+        "[1]",
+        '{"schema": 1, "command": "tuning", "entries": [{"key": 1}], "environment": {}}',
+    ):
         file.write_text(text)
         with pytest.raises(UsageError, match="no tuning file") as caught:
             sparse_onnx.optimize(source, out, tuning=file)
