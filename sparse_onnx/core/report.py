@@ -123,7 +123,7 @@ class BenchRecord:
 @dataclasses.dataclass(frozen=True)
 class TuningRow:
     """One form of one kind of block at one token count. `blocks` counts those of the kind; `ratio_to_default` is the
-    median of interleaved runs relative to the target's default form."""
+    time relative to the target's default form, the two in turn: least times of each input, averaged over inputs."""
 
     block: str
     blocks: int

@@ -140,7 +140,7 @@ def optimize(
         report.notes += [*result.notes, *checks.notes]
         if REQUIRES_KEY in model.metadata_props:
             report.notes.append(f"the result needs {model.metadata_props[REQUIRES_KEY]}")
-        if _holds(model, ir.DataType.FLOAT16):
+        if _multiplies(model, ir.DataType.FLOAT16):
             report.notes.append(
                 "float16 weights: the provider computes in float32, and keeps float32 copies of them"
             )
@@ -244,6 +244,15 @@ def _nothing_to_do(report: Report) -> str:
 
 def _holds(model: ir.Model, dtype: ir.DataType) -> bool:
     return any(value.dtype == dtype for graph in model.graphs() for value in graph.initializers.values())
+
+
+def _multiplies(model: ir.Model, dtype: ir.DataType) -> bool:
+    """Whether a matrix of that type is multiplied by as it is stored."""
+    return any(
+        value.dtype == dtype and any(use.node.op_type in ("Gemm", "MatMul") for use in value.uses())
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+    )
 
 
 class _Checks:
