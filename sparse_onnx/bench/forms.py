@@ -29,9 +29,10 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8", "int4")
 LIMIT = "read active weights once"
 TUNED = "tuned"
 
-#: Largest relative error of a token that a precision explains, where it is not the peers' bound: one scale for all
-#: activations of an expert (`product=dynamic`) costs 0.02 to 0.06.
-_OWN_BOUNDS = {"float16": 2e-2, "int8": 0.1}
+#: Largest relative error of a token that float16 explains; the other precisions' bounds are those of the peers.
+_HALF_BOUND = 2e-2
+#: That of the one form whose kernel rounds all activations of an expert by one scale: 0.048 and 0.054 were measured.
+_DYNAMIC, _DYNAMIC_BOUND = "product=dynamic", 0.1
 
 #: Inputs, and rounds at least: at a thousand tokens a round of everybody takes seconds.
 _INPUTS, _FEWEST = 4, 5
@@ -132,7 +133,7 @@ def run_case(
             answer = np.asarray(runs[-1].run(0)).astype(np.float32)
             error = largest_error(inputs[0].astype(np.float32), expected, answer)
             errors[name] = max(errors.get(name, 0.0), error)
-            if error > _bound(precision):
+            if error > _bound(precision, name):
                 raise VerificationError(f"off by {error:.2g} at {count} tokens", where=name)
         if rivals is not None:
             runs += rivals.on(feeds, count, left_out)
@@ -289,11 +290,12 @@ def _expected(layers: SparseLayers, x: np.ndarray) -> np.ndarray:
         return layers(torch.from_numpy(x.astype(np.float32))).numpy()
 
 
-def _bound(precision: Precision) -> float:
+def _bound(precision: Precision, form: str) -> float:
     from sparse_onnx.bench.peers import BOUNDS
 
-    bounds: dict[str, float] = {str(name): bound for name, bound in BOUNDS.items()}
-    return (bounds | _OWN_BOUNDS)[precision]
+    if _DYNAMIC in form:
+        return _DYNAMIC_BOUND
+    return _HALF_BOUND if precision == "float16" else BOUNDS[precision]
 
 
 def _copied(shape: Shape, tokens: int) -> float:
