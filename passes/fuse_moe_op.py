@@ -12,7 +12,8 @@ Weights that do not lie as the operator wants them are written anew: gate and up
 before outputs, signed integers. QMoE takes 4 or 8 bits in blocks along the inputs, or a scale a row, which is repeated
 over blocks of 256: 10 times faster. 4 bits are computed at full accuracy (accuracy_level left at 0), 8 bits only with
 one scale a row. Where a lossy step allowed that activations are rounded to 8 bits, accuracy_level is 4, and the model
-needs ONNX Runtime 1.31 (`sparse_onnx.requires` in its metadata says so); all others need 1.24.
+needs ONNX Runtime 1.31 (`sparse_onnx.requires` in its metadata says so); all others need 1.24. With `rounded=false` it
+stays at 0 there too, which is the faster of the two for 4 bits and very many tokens.
 
 Exact for every router whose weights are provably not negative: ties, repeated and dropped slots, tokens without any
 weight, no tokens. Slots whose weight is 0 (QMoE: up to 1e-8 of the token's sum) are not run at all, so an infinite or
@@ -57,6 +58,13 @@ class FuseMoEOp(Lowering):
     name: ClassVar[str] = "fuse_moe_op"
     form: ClassVar[str] = "fused"
     summary: ClassVar[str] = "experts fused into ONNX Runtime's own operators MoE and QMoE"
+    rounded: bool = dataclasses.field(
+        default=True, metadata={"help": "round activations to 8 bits where a lossy step allows that"}
+    )
+
+    @property
+    def label(self) -> str:
+        return self.form if self.rounded else f"{self.form}:rounded=false"
 
     def call(self, model: ir.Model) -> Outcome:
         outcome = super().call(model)
@@ -65,10 +73,15 @@ class FuseMoEOp(Lowering):
         return outcome
 
     def problem(self, block: MoEBlock, opset: int) -> Problem | None:
-        return _shape_problem(block) or _weights_problem(block) or _routing_problem(block)
+        if not (self.rounded or rounds_activations(block)):
+            return (
+                "no lossy step allows to round its activations, so they never are",
+                "leave rounded=false out",
+            )
+        return _shape_problem(block) or self._weights_problem(block) or _routing_problem(block)
 
     def rewrite(self, block: MoEBlock, emit: Emitter, opset: int) -> set[str]:
-        form = _format(block)
+        form = self._format(block)
         assert not isinstance(form, tuple)
         logits, total = emit_logits(emit, block)
         first, last = projections(block, emit.names, form)
@@ -82,7 +95,7 @@ class FuseMoEOp(Lowering):
             attributes["expert_weight_bits"] = form.bits
             if form.block:
                 attributes["block_size"] = form.block
-                if rounds_activations(block):
+                if self._rounds(block):
                     attributes["accuracy_level"] = _ROUNDED
         while inputs[-1] is None:
             inputs.pop()
@@ -92,6 +105,43 @@ class FuseMoEOp(Lowering):
         emit.replace(block.node, emit_scaled(emit, rows, total, block.dtype))
         weights.drop_unused()
         return {_DOMAIN}
+
+    def _rounds(self, block: MoEBlock) -> bool:
+        return self.rounded and rounds_activations(block)
+
+    def _weights_problem(self, block: MoEBlock) -> Problem | None:
+        found = filter(None, (obstacle(value, role) for role, value in block.weights.items()))
+        first = next(found, None)
+        if first is not None:
+            return first
+        quantized = quantized_roles(block)
+        plain = [role for role in block.spec.roles if role not in quantized]
+        if quantized and plain:
+            return (
+                f"{next(iter(quantized))} is quantized and {plain[0]} is not",
+                "the operator takes all quantized or none",
+            )
+        allowed = (_FLOAT, _HALF) if quantized else (_FLOAT,)
+        if block.dtype not in allowed:
+            return (
+                f"its tokens are {block.dtype.name.lower()}",
+                "the CPU kernels compute in float32, and in float16 with quantized weights",
+            )
+        for role in block.spec.roles:
+            for name in (f"{role}_bias",) if quantized else (role, f"{role}_bias"):
+                value = block.weights[name]
+                if value.const_value is not None and value.const_value.dtype != block.dtype:
+                    return (
+                        f"{name} is {value.const_value.dtype.name.lower()}",
+                        "all must have the tokens' type",
+                    )
+        form = self._format(block)
+        return form if isinstance(form, tuple) else None
+
+    def _format(self, block: MoEBlock) -> Format | Problem | None:
+        """None where weights are not quantized."""
+        quantized = quantized_roles(block)
+        return quantized_format(block, quantized, self._rounds(block)) if quantized else None
 
 
 def _rounds(node: ir.Node) -> bool:
@@ -137,33 +187,6 @@ def _has_activation(spec: ExpertSpec) -> bool:
     return spec.activation in _PLAIN and (spec.activation is not Activation.SILU or spec.alpha == 1)
 
 
-def _weights_problem(block: MoEBlock) -> Problem | None:
-    found = filter(None, (obstacle(value, role) for role, value in block.weights.items()))
-    first = next(found, None)
-    if first is not None:
-        return first
-    quantized = quantized_roles(block)
-    plain = [role for role in block.spec.roles if role not in quantized]
-    if quantized and plain:
-        return (
-            f"{next(iter(quantized))} is quantized and {plain[0]} is not",
-            "the operator takes all quantized or none",
-        )
-    allowed = (_FLOAT, _HALF) if quantized else (_FLOAT,)
-    if block.dtype not in allowed:
-        return (
-            f"its tokens are {block.dtype.name.lower()}",
-            "the CPU kernels compute in float32, and in float16 with quantized weights",
-        )
-    for role in block.spec.roles:
-        for name in (f"{role}_bias",) if quantized else (role, f"{role}_bias"):
-            value = block.weights[name]
-            if value.const_value is not None and value.const_value.dtype != block.dtype:
-                return f"{name} is {value.const_value.dtype.name.lower()}", "all must have the tokens' type"
-    form = _format(block)
-    return form if isinstance(form, tuple) else None
-
-
 def _routing_problem(block: MoEBlock) -> Problem | None:
     if non_negative(block.expert_weight):
         return None
@@ -172,9 +195,3 @@ def _routing_problem(block: MoEBlock) -> Problem | None:
         "weight is not above 0",
         "only routers whose weights come from a softmax, a sigmoid or the like can be expressed",
     )
-
-
-def _format(block: MoEBlock) -> Format | Problem | None:
-    """None where weights are not quantized."""
-    quantized = quantized_roles(block)
-    return quantized_format(block, quantized, rounds_activations(block)) if quantized else None

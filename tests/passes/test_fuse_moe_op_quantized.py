@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from quantized_blocks import Storage, quantized_model
 
 from sparse_onnx.blocks import blocks
+from sparse_onnx.blocks.lowered import lowered_blocks
 from sparse_onnx.blocks.lowering import ACTIVATIONS_KEY
 from sparse_onnx.blocks.quantized import Quantized
 from sparse_onnx.graph import io
@@ -102,6 +103,19 @@ def test_rounding_that_a_lossy_step_allowed(shape: Shape, storage: Storage, bloc
     assert after.metadata_props[REQUIRES_KEY] == "onnxruntime>=1.31"
     exact, rounded = run_model(before, inputs[0])[0], run_model(after, inputs[0])[0]
     assert np.abs(exact - rounded).max() > 1e-4 * np.abs(exact).max(), "then nothing has to be allowed"
+
+
+def test_rounding_can_be_left_out() -> None:
+    before = proven(quantized_model(SHAPE, Storage(block=16)))
+    inputs = [routing(SHAPE, tokens, "random") for tokens in (1, 19)]
+    reason = "no lossy step allows to round its activations"
+    check_rewrite(before.clone(), FuseMoEOp(rounded=False), rewritten=0, refused=[reason])
+    [neutral] = blocks(before)
+    neutral.node.metadata_props[ACTIVATIONS_KEY] = "int8"
+    after, _ = check_rewrite(before, FuseMoEOp(rounded=False), rewritten=1, feeds=inputs, tolerance=3e-6)
+    assert "accuracy_level" not in fused(after).attributes and REQUIRES_KEY not in after.metadata_props
+    [record] = lowered_blocks(after)
+    assert record.form == "fused:rounded=false" and record.activations is None
 
 
 def test_rows_that_have_no_blocks_are_exact_even_so() -> None:
