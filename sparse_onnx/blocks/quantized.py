@@ -67,8 +67,12 @@ class Quantized:
         if data.dtype not in _INTEGERS:
             return None
         attributes = {
-            name: item.as_int() for name, item in node.attributes.items() if name in ("axis", "block_size")
+            name: item.as_int()
+            for name, item in node.attributes.items()
+            if name in ("axis", "block_size", "output_dtype") and not item.is_ref()
         }
+        if attributes.get("output_dtype", 0) not in (0, scale.dtype):  # opset 23: computed in another type
+            return None
         rank = len(data.shape)
         axis = attributes.get("axis", 1)
         block = attributes.get("block_size", 0)

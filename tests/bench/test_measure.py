@@ -22,7 +22,12 @@ def test_each_round_runs_everybody_once_on_one_input(names: str) -> None:
     contestants, log = logged(names)
     times = interleave(contestants, 4, rounds=12)
     assert times.shape == (12, len(names)) and (times >= 0).all()
-    timed = log[len(names) * 5 :]  # behind the warm-up, which runs each input once and one twice
+    pairs = log[len(names) * 5 :]  # behind the warm-up, which runs each input once and one twice
+    timed = pairs[1::2]
+    assert all(
+        name == before and index != other
+        for (before, other), (name, index) in zip(pairs[::2], timed, strict=True)
+    )
     for number, (start, stop) in enumerate(itertools.pairwise(range(0, len(timed) + 1, len(names)))):
         assert sorted(timed[start:stop]) == [(name, number % 4) for name in names]
 
@@ -42,7 +47,7 @@ def test_everybody_sees_every_input_in_every_place_and_both_directions(names: st
     contestants, log = logged(names)
     count = len(names)
     interleave(contestants, inputs, rounds=2 * count * inputs)
-    timed = log[count * (inputs + 1) :]
+    timed = log[count * (inputs + 1) :][1::2]
     seen = set()
     for start in range(0, len(timed), count):
         order = "".join(name for name, _ in timed[start : start + count])
@@ -55,6 +60,14 @@ def test_everybody_sees_every_input_in_every_place_and_both_directions(names: st
         for order in orders
         for index in range(inputs)
     }
+
+
+def test_long_runs_need_no_other_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(step=0.05)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    contestants, log = logged("ab")
+    interleave(contestants, 4, rounds=3)
+    assert len(log) == 2 * 5 + 2 * 3
 
 
 def test_every_input_is_warmed_up() -> None:
