@@ -113,7 +113,8 @@ def _blocks(out: Console, blocks: list[BlockRecord], verbose: bool) -> None:
 def _activation(block: BlockRecord) -> str | None:
     """Experts that are no two layers have none of their own."""
     if block.activation:
-        return f"{block.activation}{', gated' if block.gated else ''}"
+        rounded = ", rounded to 8 bits" if block.rounding else ""
+        return f"{block.activation}{', gated' if block.gated else ''}{rounded}"
     return "any body" if block.kind == "moe" else None
 
 

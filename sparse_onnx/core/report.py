@@ -41,7 +41,11 @@ class ModelRecord:
 
 @dataclasses.dataclass(frozen=True)
 class BlockRecord:
-    """One sparse block. `parameters` counts the experts'; `active_parameters` those that one token uses."""
+    """One sparse block. `parameters` counts the experts'; `active_parameters` those that one token uses.
+
+    `rounding` is how its kernels round activations: ``int8``, each row by itself; ``int8_batch``, all rows by one
+    scale; None, not at all.
+    """
 
     name: str
     kind: str
@@ -56,6 +60,7 @@ class BlockRecord:
     form: str | None
     parameters: int | None
     active_parameters: int | None
+    rounding: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,4 +53,5 @@ def _lowered(block: LoweredBlock, values: dict[str, ir.Value]) -> BlockRecord:
         form=block.form,
         parameters=block.parameters,
         active_parameters=block.active_parameters,
+        rounding=block.activations,
     )

@@ -97,6 +97,13 @@ def test_other_kinds_of_blocks() -> None:
     assert text.count("relu-ffn") == 1 and "8.35 K" in text and "any body" not in text and "None" not in text
 
 
+def test_rounded_activations_are_told() -> None:
+    [block] = named("layers.0")
+    assert "8 bits" not in shown(Report("inspect", blocks=[block]))
+    rounded = dataclasses.replace(block, rounding="int8")
+    assert "silu, gated, rounded to 8 bits" in shown(Report("inspect", blocks=[rounded]))
+
+
 def test_passes_are_shown_when_verbose() -> None:
     record = PassRecord("fuse_gating", "exact", 2, 1, 1, 3.14, 10, 25, 100, 100)
     report = Report("optimize", passes=[record])

@@ -16,6 +16,7 @@ from sparse_onnx.blocks.lowered import lowered_blocks
 from sparse_onnx.blocks.lowering import Form, want
 from sparse_onnx.blocks.quantized import Quantized
 from sparse_onnx.core.errors import UsageError
+from sparse_onnx.inspect.blocks import block_records
 from sparse_onnx.passes.fuse_gating import FuseGating
 from sparse_onnx.passes.quantize_experts import QuantizeExperts
 
@@ -105,6 +106,7 @@ def test_integer_products(shape: Shape) -> None:
     assert after.opset_imports["com.microsoft"] == 1
     [record] = lowered_blocks(after)
     assert record.activations == "int8_batch" and record.form == "grouped:product=dynamic"
+    assert block_records(after)[0].rounding == "int8_batch"
     [block] = blocks(model)
     weight = Quantized.of(block.weights[block.spec.roles[-1]])
     last = [node for node in after.graph if node.op_type == "DynamicQuantizeMatMul"][-1]
