@@ -48,7 +48,7 @@ BLOCK = [
     "router",
     "form",
 ]
-BLOCK += ["parameters", "active_parameters"]
+BLOCK += ["parameters", "active_parameters", "rounding"]
 MODEL = ["path", "nodes", "weight_bytes", "fingerprint", "parameters", "active_parameters"]
 REFUSAL = ["pass", "reason", "node", "hint"]
 PASS = ["name", "kind", "matched", "rewritten", "ms", "nodes_before", "nodes_after"]
@@ -126,6 +126,7 @@ def test_the_report_has_the_fields_of_the_contract(model: Path, tmp_path: Path) 
         "form": "grouped",
         "parameters": 4 * 3 * 16 * 24,
         "active_parameters": 2 * 3 * 16 * 24,
+        "rounding": None,
     }
     assert all(set(PASS) <= set(record) for record in data["passes"])
     assert set(VERIFY) <= set(data["verify"]) and data["verify"]["passed"] is True
