@@ -47,8 +47,12 @@ def trace(source: Source, found: list[experts.Experts], opset: int) -> Traced:
             axis.
     """
     inputs = source.interface.draw(source.interface.traced_sizes())
+    free, derived = torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO
     shapes = {
-        name: dict.fromkeys(spec.axes, torch.export.Dim.DYNAMIC)
+        name: {
+            axis: free if symbol in source.interface.symbols else derived
+            for axis, symbol in spec.axes.items()
+        }
         for name, spec in source.interface.inputs.items()
     }
     with translate.quiet(), experts.hooked(found), _refused():

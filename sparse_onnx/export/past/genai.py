@@ -1,0 +1,146 @@
+"""The `genai_config.json` of an exported decoder, where onnxruntime-genai can run it.
+
+Written after onnxruntime-genai 0.18's own model builder and its `src/models`. It runs any graph with these inputs and
+outputs; GroupQueryAttention is needed only for a buffer that past and present share, which is switched off here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparse_onnx.export.past.source import PastSource
+from sparse_onnx.graph import genai
+
+#: Names that onnxruntime-genai knows; the others run under its general one. phimoe: with two sets of rotary factors it
+#: computes the cache anew where they change, as transformers does.
+_TYPES = {
+    "gpt_oss": "gptoss",
+    "granitemoe": "granite",
+    "mixtral": "mistral",
+    "olmoe": "olmo",
+    "phimoe": "phimoe",
+    "qwen2_moe": "qwen2",
+    "qwen3_moe": "qwen3",
+}
+_GENERAL = "decoder"
+
+
+def write_config(source: PastSource, out: Path) -> str:
+    """Writes it beside the model with the tokenizer's files, and says so; or says why there is none."""
+    reason = _impossible(source)
+    if reason:
+        return f"no {genai.NAME}: {reason}"
+    genai.write(_config(source, out.name), out.parent)
+    files = [path for name in genai.TOKENIZER_FILES if (path := _tokenizer_file(source.name, name))]
+    other = genai.copy_files(files, out.parent)
+    note = f"{genai.NAME} written for onnxruntime-genai"
+    if other:
+        return f"{note}; {', '.join(other)} in that folder is another model's and was left"
+    return note if files else f"{note}; the source has no tokenizer's files to go with it"
+
+
+def _impossible(source: PastSource) -> str | None:
+    kinds = {slot.kind for slot in source.slots}
+    if "indexer_key" in kinds:
+        return "onnxruntime-genai has no cache for the keys of an indexer"
+    if "recurrent_state" in kinds:
+        return (
+            "onnxruntime-genai keeps past and present recurrent states in one buffer, which only its own "
+            "operators bear"
+        )
+    if any(slot.kind == "conv_state" and not slot.alone for slot in source.slots):
+        return "onnxruntime-genai has no cache for these convolutions"
+    shapes = {(slot.layer, slot.kind): slot.shape for slot in source.slots}
+    for (layer, kind), shape in shapes.items():
+        if kind == "key" and shapes[layer, "value"] != shape:
+            return "onnxruntime-genai keeps keys and values of one width, and this model's differ"
+    return None
+
+
+def _config(source: PastSource, filename: str) -> dict[str, Any]:
+    text, generation = source.decoder.text, getattr(source.module, "generation_config", None)
+    key = next(slot for slot in source.slots if slot.kind == "key")
+    convolutions = any(slot.alone for slot in source.slots)
+    ids = {
+        name: value
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if (value := _setting(name, generation, text)) is not None
+    }
+    if "pad_token_id" not in ids and "eos_token_id" in ids:
+        eos = ids["eos_token_id"]
+        ids["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    context = source.interface.longest or 2048
+    inputs = {name: name for name in source.interface.inputs if not name.startswith("past")}
+    inputs |= {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
+    outputs = {
+        "logits": "logits",
+        "present_key_names": "present.%d.key",
+        "present_value_names": "present.%d.value",
+    }
+    decoder: dict[str, Any] = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": filename,
+        "head_size": key.shape[3],
+        "hidden_size": text.hidden_size,
+        "inputs": inputs,
+        "outputs": outputs,
+        "num_attention_heads": text.num_attention_heads,
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_key_value_heads": key.shape[1],
+    }
+    kind = _TYPES.get(text.model_type, _GENERAL)
+    if convolutions:
+        kind = "lfm2"
+        attention = {slot.layer for slot in source.slots if not slot.alone}
+        decoder["layer_types"] = [
+            "full_attention" if layer in attention else "conv" for layer in range(text.num_hidden_layers)
+        ]
+        decoder["conv_cache_size"] = next(slot.shape[-1] for slot in source.slots if slot.alone)
+        inputs["past_conv_names"], outputs["present_conv_names"] = "past_conv.%d", "present_conv.%d"
+    return {
+        "model": {
+            **ids,
+            "context_length": context,
+            "decoder": decoder,
+            "type": kind,
+            "vocab_size": text.vocab_size,
+        },
+        "search": {
+            "do_sample": bool(_setting("do_sample", generation) or False),
+            "early_stopping": True,
+            "max_length": context,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": False,
+            "repetition_penalty": _setting("repetition_penalty", generation) or 1.0,
+            "temperature": _setting("temperature", generation) or 1.0,
+            "top_k": _setting("top_k", generation) or 50,
+            "top_p": _setting("top_p", generation) or 1.0,
+        },
+    }
+
+
+def _setting(name: str, *places: Any) -> Any:
+    return next((value for place in places if (value := getattr(place, name, None)) is not None), None)
+
+
+def _tokenizer_file(source: str, name: str) -> Path | None:
+    """From the source's folder, or the hub."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(
+            source,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):  # not a hub id: a module that was given as an object
+        return None
+    return Path(found) if found else None
