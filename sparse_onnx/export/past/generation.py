@@ -126,7 +126,7 @@ def _nothing_but_greedy(module: Any, count: int) -> Iterator[None]:
 
     before = module.generation_config
     module.generation_config = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=count, eos_token_id=-1, pad_token_id=0, use_cache=True
+        do_sample=False, num_beams=1, max_new_tokens=count, pad_token_id=0, use_cache=True
     )
     try:
         yield
