@@ -69,7 +69,7 @@ class PastInterface(Interface):
             runs.append((2, 5, window + 2, "padded"))
         return [
             ({"batch": batch, "sequence": new, "past_sequence": past}, kind)
-            for batch, new, past, kind in runs
+            for batch, new, past, kind in dict.fromkeys(runs)
             if (self.longest is None or new + past <= self.longest) and self._bytes(batch, past) <= _MAX_BYTES
         ]
 
