@@ -87,7 +87,10 @@ def _trace_transformers(
     ):
         config = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
         program, _ = DynamoExporter().export_program(wanted, dict(inputs), config)
-        runnable, assumptions = _runnable(program, source.interface), guards.guards_of(program, source.interface)
+        runnable, assumptions = (
+            _runnable(program, source.interface),
+            guards.guards_of(program, source.interface),
+        )
         symbols = _symbols(program, source.interface)
         input_names, output_names = utils.disambiguate_io_names(input_names, output_names)
         utils.apply_fx_node_fixes("onnx", program.graph_module)

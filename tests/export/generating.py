@@ -37,10 +37,7 @@ def by_onnxruntime(path: Path, prompts: Sequence[Sequence[int]], count: int) -> 
     types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
     past = {
         value.name: np.zeros(
-            [
-                len(ids) if size == "batch" else 0 if size == "past_sequence" else size
-                for size in value.shape
-            ],
+            [len(ids) if size == "batch" else 0 if size == "past_sequence" else size for size in value.shape],
             types[value.type],
         )
         for value in session.get_inputs()
@@ -65,9 +62,7 @@ def by_genai(folder: Path, prompts: Sequence[Sequence[int]], count: int) -> list
     model = onnxruntime_genai.Model(str(folder))
     ids, _ = padded(prompts)
     parameters = onnxruntime_genai.GeneratorParams(model)
-    parameters.set_search_options(
-        do_sample=False, max_length=ids.shape[1] + count, batch_size=len(prompts)
-    )
+    parameters.set_search_options(do_sample=False, max_length=ids.shape[1] + count, batch_size=len(prompts))
     generator = onnxruntime_genai.Generator(model, parameters)
     generator.append_tokens(ids.astype(np.int32) if len(prompts) > 1 else ids[0].astype(np.int32))
     while not generator.is_done():

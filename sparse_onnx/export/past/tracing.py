@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from sparse_onnx.export import experts, trace
@@ -23,7 +25,7 @@ def trace_with_past(source: PastSource, found: list[experts.Experts], opset: int
         ImpossibleError: as `trace.trace`.
     """
     flat = Source(source.name, source.module, source.interface.renamed(), is_transformers=True)
-    with _flat_forward(source):
+    with _flat_forward(source), _copied_mask(source):
         traced = trace.trace(flat, found, opset)
     _name(traced.model.graph, source)
     names = {name: python_name(name) for name in source.interface.inputs}
@@ -57,6 +59,28 @@ def _flat_forward(source: PastSource) -> Iterator[None]:
         vars(module).pop("forward", None)
         if own is not None:
             module.forward = own
+
+
+@contextlib.contextmanager
+def _copied_mask(source: PastSource) -> Iterator[None]:
+    """Has transformers take the new tokens' part of the mask by index. Its slice is contiguous only where there is no
+    past, and the trace would assert that there is one."""
+    name = "create_recurrent_attention_mask"
+
+    def masked(inputs_embeds: Tensor, attention_mask: Tensor, **others: Any) -> Tensor:
+        new, total = inputs_embeds.shape[1], attention_mask.shape[1]
+        return attention_mask.index_select(1, torch.arange(new) + (total - new))
+
+    places = {each.__module__ for each in map(type, source.module.modules())} | {"transformers.masking_utils"}
+    patched = [module for place in places if hasattr(module := sys.modules.get(place), name)]
+    before = [getattr(module, name) for module in patched]
+    for module in patched:
+        setattr(module, name, masked)
+    try:
+        yield
+    finally:
+        for module, function in zip(patched, before, strict=True):
+            setattr(module, name, function)
 
 
 def _name(graph: ir.Graph, source: PastSource) -> None:
