@@ -57,14 +57,16 @@ def by_onnxruntime(path: Path, prompts: Sequence[Sequence[int]], count: int) -> 
 
 
 def by_genai(folder: Path, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """Batches with padding on the right, where onnxruntime-genai wants it."""
     import onnxruntime_genai
 
     model = onnxruntime_genai.Model(str(folder))
-    ids, _ = padded(prompts)
+    longest = max(map(len, prompts))
+    ids = np.array([list(prompt) + [0] * (longest - len(prompt)) for prompt in prompts], np.int32)
     parameters = onnxruntime_genai.GeneratorParams(model)
-    parameters.set_search_options(do_sample=False, max_length=ids.shape[1] + count, batch_size=len(prompts))
+    parameters.set_search_options(do_sample=False, max_length=longest + count, batch_size=len(prompts))
     generator = onnxruntime_genai.Generator(model, parameters)
-    generator.append_tokens(ids.astype(np.int32) if len(prompts) > 1 else ids[0].astype(np.int32))
+    generator.append_tokens(ids if len(prompts) > 1 else ids[0])
     while not generator.is_done():
         generator.generate_next_token()
-    return [generator.get_sequence(row)[ids.shape[1] :].tolist() for row in range(len(prompts))]
+    return [generator.get_sequence(row)[longest:].tolist() for row in range(len(prompts))]

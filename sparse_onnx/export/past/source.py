@@ -30,6 +30,8 @@ _RUNS: tuple[tuple[int, int, int, Kind], ...] = (
     (2, 1, 9, "padded"),
     (2, 4, 5, "padded"),
 )
+#: Tokens of padding that end a past.
+_GAP = 2
 #: Largest cache that a run beyond the window is made for.
 _MAX_BYTES = 1 << 30
 
@@ -49,12 +51,17 @@ class PastInterface(Interface):
         return {**sizes, "total_sequence": sizes["sequence"] + sizes["past_sequence"]}
 
     def draw(self, sizes: Mapping[str, int], kind: Kind = "random", seed: int = 0) -> dict[str, Tensor]:
-        """Keys, values and states are random; without a past the states are zero, as both runtimes begin."""
+        """Keys, values and states are random; without a past the states are zero, as both runtimes begin. Padding is
+        on the left of the first sequence, and at the end of the second one's past: onnxruntime-genai pads prompts
+        on the right."""
         drawn = super().draw(self.complete(sizes), kind, seed)
+        new, past = sizes["sequence"], sizes["past_sequence"]
+        if kind == "padded" and past > _GAP and sizes["batch"] > 1:
+            drawn["attention_mask"][1, past - _GAP : past] = 0
         if "position_ids" in drawn:
             positions = (drawn["attention_mask"].cumsum(1) - 1).clamp(min=0)
-            drawn["position_ids"] = positions[:, -sizes["sequence"] :].contiguous()
-        if not sizes["past_sequence"]:
+            drawn["position_ids"] = positions[:, -new:].contiguous()
+        if not past:
             for name, spec in self.inputs.items():
                 if spec.dtype.is_floating_point and "past_sequence" not in spec.axes.values():
                     drawn[name] = torch.zeros_like(drawn[name])
