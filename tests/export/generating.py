@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def by_genai(folder: Path, prompts: Sequence[Sequence[int]], count: int) -> list
 
     model = onnxruntime_genai.Model(str(folder))
     longest = max(map(len, prompts))
-    ids = np.array([list(prompt) + [0] * (longest - len(prompt)) for prompt in prompts], np.int32)
+    pad = json.loads((folder / "genai_config.json").read_text())["model"]["pad_token_id"]
+    ids = np.array([list(prompt) + [pad] * (longest - len(prompt)) for prompt in prompts], np.int32)
     parameters = onnxruntime_genai.GeneratorParams(model)
     parameters.set_search_options(do_sample=False, max_length=longest + count, batch_size=len(prompts))
     generator = onnxruntime_genai.Generator(model, parameters)

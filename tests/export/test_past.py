@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -53,7 +54,7 @@ WITHOUT_GENAI = pytest.mark.skipif(
 @dataclasses.dataclass(frozen=True)
 class Exported:
     """A folder with safetensors, its export, what the export reported, and the optimized export in a folder of its
-    own. The model never ends by itself."""
+    own. The model ends with a token that it does not come to."""
 
     source: Path
     path: Path
@@ -65,10 +66,19 @@ class Exported:
 
 
 def _exported(name: str, folder: Path) -> Exported:
-    config = write_config(name, folder / "config", eos_token_id=None, pad_token_id=0)
-    source = sources.resolve(str(config), random_weights=True)
-    source.module.generation_config.eos_token_id = None
-    source.module.save_pretrained(folder / "model")
+    config = write_config(name, folder / "config", eos_token_id=None, pad_token_id=None)
+    module: Any = sources.resolve(str(config), random_weights=True).module
+    module.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    used = {
+        token
+        for prompts in PROMPTS
+        for row in (*prompts, *by_torch(module, prompts, TOKENS))
+        for token in row
+    }
+    # onnxruntime-genai ends at some token always: one that does not come.
+    never = min(set(range(97)) - used)
+    module.generation_config.pad_token_id = module.generation_config.eos_token_id = never
+    module.save_pretrained(folder / "model")
     path, optimized = folder / "export" / "model.onnx", folder / "optimized" / "fast.onnx"
     for each in (path, optimized):
         each.parent.mkdir()
@@ -131,7 +141,8 @@ def test_optimize_keeps_names_and_configuration_in_step(mixtral: Exported) -> No
     config["model"]["decoder"]["filename"] = "fast.onnx"
     assert json.loads((mixtral.optimized.parent / "genai_config.json").read_text()) == config
     assert config["search"]["past_present_share_buffer"] is False
-    assert "eos_token_id" not in config["model"] and config["model"]["pad_token_id"] == 0
+    generation = mixtral.module().generation_config
+    assert config["model"]["eos_token_id"] == config["model"]["pad_token_id"] == generation.pad_token_id
 
 
 @WITHOUT_GENAI

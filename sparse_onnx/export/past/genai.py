@@ -24,6 +24,8 @@ _TYPES = {
     "qwen3_moe": "qwen3",
 }
 _GENERAL = "decoder"
+#: What `generate` does where a model's own settings say nothing.
+_SEARCH = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
 
 
 def write_config(source: PastSource, out: Path) -> str:
@@ -107,17 +109,17 @@ def _config(source: PastSource, filename: str) -> dict[str, Any]:
             "vocab_size": text.vocab_size,
         },
         "search": {
-            "do_sample": bool(_setting("do_sample", generation) or False),
+            "do_sample": bool(_setting("do_sample", generation)),
             "early_stopping": True,
             "max_length": context,
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
             "past_present_share_buffer": False,
-            "repetition_penalty": _setting("repetition_penalty", generation) or 1.0,
-            "temperature": _setting("temperature", generation) or 1.0,
-            "top_k": _setting("top_k", generation) or 50,
-            "top_p": _setting("top_p", generation) or 1.0,
+            **{
+                name: default if (value := _setting(name, generation)) is None else value
+                for name, default in _SEARCH.items()
+            },
         },
     }
 
