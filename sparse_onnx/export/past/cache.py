@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from sparse_onnx.core.errors import ImpossibleError
 
 _HINT = "export it without --past"
+#: What rounding does not explain, relative to the largest logit.
+_FORGOTTEN = 1e-1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +129,36 @@ class Decoder:
             raise ImpossibleError("the cache holds no keys and values, from which a past length shows", _HINT)
         return slots
 
-    def windows(self) -> list[int]:
-        """Lengths of sliding windows and chunks, if any."""
+    @torch.no_grad()
+    def require_continuing(self, slots: Sequence[Slot]) -> None:
+        """
+        Raises:
+            ImpossibleError: the model forgets a state where several tokens follow it, as Jamba in transformers 5.24,
+                so that one graph for any number of tokens cannot give what `generate` gives.
+        """
+        if all(slot.axis is not None for slot in slots):
+            return
+        ids = torch.arange(9)[None] % int(self.text.vocab_size)
+        cache = self.empty()
+        for piece in (slice(0, 5), slice(5, 9)):
+            split = self(
+                ids[:, piece], torch.ones_like(ids[:, : piece.stop]), torch.arange(9)[None, piece], cache
+            )
+        whole = self(ids, torch.ones_like(ids), torch.arange(9)[None], self.empty())
+        expected, actual = (output.logits[:, -1].float() for output in (whole, split))
+        if float((expected - actual).abs().max()) > _FORGOTTEN * float(expected.abs().max()):
+            raise ImpossibleError(
+                "transformers' own code for this model forgets its state where several tokens follow a past",
+                _HINT,
+            )
+
+    def thresholds(self) -> list[int]:
+        """Lengths at which a model changes what it does: windows, chunks, the reach of short rotary factors."""
         found = {getattr(layer, "sliding_window", None) for layer in self.empty().layers}
-        return sorted(window for window in found if window)
+        rotary = getattr(self.text, "rope_parameters", None) or {}
+        if rotary.get("rope_type") == "longrope":
+            found.add(rotary.get("original_max_position_embeddings"))
+        return sorted(length for length in found if length)
 
     def own(self, slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Any:
         """A cache of transformers' own layers with this past: what they would hold after these tokens. None of

@@ -40,7 +40,7 @@ _MAX_BYTES = 1 << 30
 class PastInterface(Interface):
     """Inputs by their ONNX names. The attention mask is `past_sequence + sequence` long; positions follow from it."""
 
-    windows: tuple[int, ...] = ()
+    thresholds: tuple[int, ...] = ()
     longest: int | None = None
 
     @property
@@ -68,12 +68,12 @@ class PastInterface(Interface):
         return drawn
 
     def planned(self) -> list[tuple[dict[str, int], Kind]]:
-        """Splits into past and new tokens, with and without padding; some end just behind each window."""
+        """Splits into past and new tokens, with and without padding; some end just behind each threshold."""
         runs = list(_RUNS)
-        for window in self.windows:
-            for past in (window - 1, window, window + 7):
+        for length in self.thresholds:
+            for past in (length - 1, length, length + 7):
                 runs.append((1, 1, past, "random"))
-            runs.append((2, 5, window + 2, "padded"))
+            runs.append((2, 5, length + 2, "padded"))
         return [
             ({"batch": batch, "sequence": new, "past_sequence": past}, kind)
             for batch, new, past, kind in dict.fromkeys(runs)
@@ -83,9 +83,9 @@ class PastInterface(Interface):
     def described(self, sizes: Mapping[str, int]) -> str:
         return f"{sizes['batch']}x{sizes['sequence']} after {sizes['past_sequence']}"
 
-    def exceeds(self, window: int) -> bool:
-        """Whether any run goes beyond this window."""
-        return any(sizes["sequence"] + sizes["past_sequence"] > window for sizes, _ in self.planned())
+    def exceeds(self, length: int) -> bool:
+        """Whether any run goes beyond this length."""
+        return any(sizes["sequence"] + sizes["past_sequence"] > length for sizes, _ in self.planned())
 
     def renamed(self) -> PastInterface:
         """By names that Python takes for arguments."""
@@ -150,13 +150,14 @@ def with_past(source: Source) -> PastSource:
     decoder = Decoder.of(source.module)
     with users_code(source.name):
         slots = decoder.layout()
+        decoder.require_continuing(slots)
     text = decoder.text
     longest = getattr(text, "max_position_embeddings", None)
-    interface = PastInterface(_inputs(decoder, slots), tuple(decoder.windows()), longest)
+    interface = PastInterface(_inputs(decoder, slots), tuple(decoder.thresholds()), longest)
     notes = tuple(
-        f"no input longer than the window of {window} tokens was compared, for want of memory"
-        for window in interface.windows
-        if not interface.exceeds(window)
+        f"no input longer than {length} tokens was compared, from which on the model goes on otherwise: too large"
+        for length in interface.thresholds
+        if not interface.exceeds(length) and (longest is None or longest > length)
     )
     return PastSource(source.name, source.module, interface, True, (*source.notes, *notes), slots)
 
