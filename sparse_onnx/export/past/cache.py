@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparse_onnx.core.errors import ImpossibleError
 
-_HINT = "export it without --past"
+HINT = "export it without --past"
 #: What rounding does not explain, relative to the largest logit.
 _FORGOTTEN = 1e-1
 
@@ -77,18 +77,18 @@ class Decoder:
         generates = getattr(model, "can_generate", None)
         if config is None or generates is None:
             raise ImpossibleError(
-                "--past needs a decoder of transformers: this module has no key/value cache", _HINT
+                "--past needs a decoder of transformers: this module has no key/value cache", HINT
             )
         if getattr(config, "is_encoder_decoder", False):
             raise ImpossibleError(
                 "--past takes decoders only, and this model has an encoder, whose keys and values it caches too",
-                _HINT,
+                HINT,
             )
         parameters = inspect.signature(type(model).forward).parameters
         name = next((each for each in ("cache", "past_key_values") if each in parameters), None)
         if name is None or not generates():
             raise ImpossibleError(
-                f"--past needs a decoder that generates: {type(model).__name__} has no key/value cache", _HINT
+                f"--past needs a decoder that generates: {type(model).__name__} has no key/value cache", HINT
             )
         return Decoder(config, model.forward, name, "position_ids" in parameters)
 
@@ -123,10 +123,10 @@ class Decoder:
         )
         returned = getattr(output, self.cache, None)
         if returned is not cache:
-            raise ImpossibleError(f"the model keeps a cache of its own, {type(returned).__name__}", _HINT)
+            raise ImpossibleError(f"the model keeps a cache of its own, {type(returned).__name__}", HINT)
         slots = tuple(slot for index, layer in enumerate(cache.layers) for slot in _slots(index, layer))
         if not any(slot.axis for slot in slots):
-            raise ImpossibleError("the cache holds no keys and values, from which a past length shows", _HINT)
+            raise ImpossibleError("the cache holds no keys and values, from which a past length shows", HINT)
         return slots
 
     @torch.no_grad()
@@ -149,7 +149,7 @@ class Decoder:
         if float((expected - actual).abs().max()) > _FORGOTTEN * float(expected.abs().max()):
             raise ImpossibleError(
                 "transformers' own code for this model forgets its state where several tokens follow a past",
-                _HINT,
+                HINT,
             )
 
     def thresholds(self) -> list[int]:
@@ -230,10 +230,10 @@ def _slots(index: int, layer: Any) -> Iterator[Slot]:
         raise ImpossibleError(
             f"layer {index} keeps a {type(layer).__name__} in the cache, which neither onnxruntime-genai nor "
             "optimum has inputs for",
-            _HINT,
+            HINT,
         )
     if getattr(layer, "indexer_position_ids", None) is not None:
-        raise ImpossibleError(f"layer {index} keeps positions of its indexer in the cache", _HINT)
+        raise ImpossibleError(f"layer {index} keeps positions of its indexer in the cache", HINT)
     for kind, attribute in (("key", "keys"), ("value", "values"), ("indexer_key", "indexer_keys")):
         value = getattr(layer, attribute, None)
         if value is not None:

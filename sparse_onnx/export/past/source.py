@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError
 from sparse_onnx.export import samples
-from sparse_onnx.export.past.cache import Decoder, Slot, presents
+from sparse_onnx.export.failure import first_line
+from sparse_onnx.export.past.cache import HINT, Decoder, Slot, presents
 from sparse_onnx.export.samples import Interface, Kind, Spec
-from sparse_onnx.export.sources import Source, users_code
+from sparse_onnx.export.sources import Source
 
 #: Batch, new tokens, past tokens.
 _RUNS: tuple[tuple[int, int, int, Kind], ...] = (
@@ -148,9 +150,15 @@ def with_past(source: Source) -> PastSource:
         ImpossibleError: it has none, or one that has no such inputs.
     """
     decoder = Decoder.of(source.module)
-    with users_code(source.name):
+    try:
         slots = decoder.layout()
         decoder.require_continuing(slots)
+    except SparseOnnxError:
+        raise
+    except Exception as error:  # whatever the model raises where it is given a cache
+        raise ImpossibleError(
+            f"the model does not run with transformers' own cache: {first_line(error)}", HINT
+        ) from error
     text = decoder.text
     longest = getattr(text, "max_position_embeddings", None)
     interface = PastInterface(_inputs(decoder, slots), tuple(decoder.thresholds()), longest)
