@@ -45,7 +45,7 @@ RUNS = [
     "2 prompts, 32 greedy tokens",
 ]
 #: Those whose keys and values onnxruntime-genai can hold.
-GENAI = ("mixtral", "gpt_oss", "qwen3_moe", "olmoe", "phimoe", "granitemoe")
+GENAI = ("mixtral", "gpt_oss", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe")
 WITHOUT_GENAI = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime_genai") is None, reason="onnxruntime-genai is not installed"
 )
@@ -281,6 +281,48 @@ def test_modules_without_a_cache_are_refused(tmp_path: Path) -> None:
     _refused(tmp_path / "bert", tmp_path, "BertForMaskedLM has no key/value cache", random_weights=True)
 
 
+def test_a_model_that_forgets_its_state_is_refused(tmp_path: Path) -> None:
+    """transformers' Jamba continues with several tokens as if there were no state before them."""
+    config = transformers.JambaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        mamba_d_state=6,
+        mamba_dt_rank=5,
+        architectures=["JambaForCausalLM"],
+    )
+    config.save_pretrained(tmp_path / "jamba")
+    _refused(
+        tmp_path / "jamba", tmp_path, "forgets its state where several tokens follow", random_weights=True
+    )
+
+
+def test_convolutions_have_the_names_of_genai(tmp_path: Path) -> None:
+    """LFM2: a layer that is a convolution and nothing else."""
+    source = _with_past("lfm2_moe", tmp_path / "lfm2")
+    assert [(slot.past, slot.present) for slot in source.slots] == [
+        ("past_conv.0", "present_conv.0"),
+        ("past_key_values.1.key", "present.1.key"),
+        ("past_key_values.1.value", "present.1.value"),
+        ("past_conv.2", "present_conv.2"),
+    ]
+    begun = source.interface.draw({"batch": 2, "sequence": 3, "past_sequence": 0})
+    assert not begun["past_conv.0"].any()
+    past.write_config(source, tmp_path / "model.onnx")
+    written = json.loads((tmp_path / "genai_config.json").read_text())["model"]
+    assert written["type"] == "lfm2"
+    assert written["decoder"]["layer_types"] == ["conv", "full_attention", "conv"]
+    assert written["decoder"]["inputs"]["past_conv_names"] == "past_conv.%d"
+
+
 def _refused(source: object, folder: Path, reason: str, **settings: object) -> None:
     with pytest.raises(ImpossibleError, match=reason) as caught:
         sparse_onnx.export(source, folder / "out.onnx", past=True, **settings)
@@ -301,6 +343,19 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 5 and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_lfm2_generates(tmp_path: Path) -> None:
+    """onnxruntime-genai keeps the padding of a batch in the convolutions' states: prompts of one length."""
+    exported = _exported("lfm2_moe", tmp_path)
+    for prompts in (PROMPTS[0], [[11, 90, 3, 4], [40, 2, 77, 31]]):
+        expected = by_torch(exported.module(), prompts, TOKENS)
+        assert by_onnxruntime(exported.path, prompts, TOKENS) == expected
+        assert by_onnxruntime(exported.optimized, prompts, TOKENS) == expected
+        if importlib.util.find_spec("onnxruntime_genai"):
+            assert by_genai(exported.path.parent, prompts, TOKENS) == expected
+            assert by_genai(exported.optimized.parent, prompts, TOKENS) == expected
 
 
 @pytest.mark.slow
