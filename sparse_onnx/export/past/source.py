@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -122,9 +121,11 @@ def python_name(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class PastSource(Source):
-    """A decoder; `slots` are the tensors of its cache, in the order of the outputs behind the logits."""
+    """A decoder; `slots` are the tensors of its cache, in the order of the outputs behind the logits, and `plain` is
+    the same model without cache."""
 
     slots: tuple[Slot, ...] = ()
+    plain: Source | None = None
 
     @property
     def decoder(self) -> Decoder:
@@ -139,8 +140,8 @@ class PastSource(Source):
             return output.logits, *presents(cache, self.slots, inputs, ids.shape[1])
 
     def widened(self) -> PastSource:
-        module = copy.deepcopy(self.module).float()
-        return with_past(dataclasses.replace(self, module=module))
+        assert self.plain is not None
+        return with_past(self.plain.widened())
 
 
 def with_past(source: Source) -> PastSource:
@@ -167,7 +168,9 @@ def with_past(source: Source) -> PastSource:
         for length in interface.thresholds
         if not interface.exceeds(length) and (longest is None or longest > length)
     )
-    return PastSource(source.name, source.module, interface, True, (*source.notes, *notes), slots)
+    own = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
+    changed = {"interface": interface, "is_transformers": True, "notes": (*source.notes, *notes)}
+    return PastSource(**{**own, **changed}, slots=slots, plain=source)
 
 
 def _inputs(decoder: Decoder, slots: tuple[Slot, ...]) -> dict[str, Spec]:
