@@ -6,10 +6,13 @@ outputs; GroupQueryAttention is needed only for a buffer that past and present s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_onnx.export.past.cache import Slot
 from sparse_onnx.export.past.source import PastSource
+from sparse_onnx.export.past.states import bear_one_buffer
 from sparse_onnx.graph import genai
 
 #: Names that onnxruntime-genai knows; the others run under its general one. phimoe: with two sets of rotary factors it
@@ -30,7 +33,7 @@ _SEARCH = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 
 
 def write_config(source: PastSource, out: Path) -> str:
     """Writes it beside the model with the tokenizer's files, and says so; or says why there is none."""
-    reason = _impossible(source)
+    reason = _impossible(source, out)
     if reason:
         return f"no {genai.NAME}: {reason}"
     genai.write(_config(source, out.name), out.parent)
@@ -42,22 +45,37 @@ def write_config(source: PastSource, out: Path) -> str:
     return note if files else f"{note}; the source has no tokenizer's files to go with it"
 
 
-def _impossible(source: PastSource) -> str | None:
+def _impossible(source: PastSource, out: Path) -> str | None:
     kinds = {slot.kind for slot in source.slots}
     if "indexer_key" in kinds:
         return "onnxruntime-genai has no cache for the keys of an indexer"
-    if "recurrent_state" in kinds:
-        return (
-            "onnxruntime-genai keeps past and present recurrent states in one buffer, which only its own "
-            "operators bear"
-        )
-    if any(slot.kind == "conv_state" and not slot.alone for slot in source.slots):
-        return "onnxruntime-genai has no cache for these convolutions"
+    states = [slot for slot in source.slots if slot.axis is None and not slot.alone]
+    if states and (any(slot.alone for slot in source.slots) or not _has_place(states)):
+        return "onnxruntime-genai takes one convolution and one recurrent state a layer, alike in all layers"
+    if states and not bear_one_buffer(out, source):
+        return "onnxruntime-genai keeps past and present states in one buffer, which this graph does not bear"
     shapes = {(slot.layer, slot.kind): slot.shape for slot in source.slots}
     for (layer, kind), shape in shapes.items():
         if kind == "key" and shapes[layer, "value"] != shape:
             return "onnxruntime-genai keeps keys and values of one width, and this model's differ"
     return None
+
+
+def _has_place(states: Sequence[Slot]) -> bool:
+    """Whether `src/models/recurrent_state.cpp` holds such states: it takes the first layer's shapes for all."""
+    kinds = {
+        kind: [slot for slot in states if slot.kind == kind] for kind in ("conv_state", "recurrent_state")
+    }
+    layers = [[slot.layer for slot in slots] for slots in kinds.values()]
+    alike = all(len({(slot.shape[1:], slot.dtype) for slot in slots}) == 1 for slots in kinds.values())
+    ranks = {kind: max((len(slot.shape) for slot in slots), default=0) for kind, slots in kinds.items()}
+    return (
+        layers[0] == layers[1]
+        and len(set(layers[0])) == len(layers[0])
+        and alike
+        and ranks["conv_state"] == 3
+        and ranks["recurrent_state"] <= 4
+    )
 
 
 def _config(source: PastSource, filename: str) -> dict[str, Any]:
