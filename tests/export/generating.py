@@ -63,7 +63,7 @@ def by_genai(folder: Path, prompts: Sequence[Sequence[int]], count: int) -> list
 
     model = onnxruntime_genai.Model(str(folder))
     longest = max(map(len, prompts))
-    pad = json.loads((folder / "genai_config.json").read_text())["model"]["pad_token_id"]
+    pad = json.loads((folder / "genai_config.json").read_text())["model"].get("pad_token_id", 0)
     ids = np.array([list(prompt) + [pad] * (longest - len(prompt)) for prompt in prompts], np.int32)
     parameters = onnxruntime_genai.GeneratorParams(model)
     parameters.set_search_options(do_sample=False, max_length=longest + count, batch_size=len(prompts))
