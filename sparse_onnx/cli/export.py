@@ -19,6 +19,11 @@ from sparse_onnx.cli.output import Output
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Element type; default: the source's own.",
 )
+@click.option(
+    "--past",
+    is_flag=True,
+    help="With the key/value cache among inputs and outputs, for decoders that generate.",
+)
 @click.option("--opset", type=int, help="Operator set version of the result.")
 @click.option(
     "--trust-remote-code", is_flag=True, help="Run the Python code that comes with a Hugging Face model."
@@ -30,6 +35,7 @@ def command(
     out: Path,
     random_weights: bool,
     dtype: str | None,
+    past: bool,
     opset: int | None,
     trust_remote_code: bool,
     allow_pickle: bool,
@@ -54,6 +60,7 @@ def command(
             out,
             random_weights=random_weights,
             dtype=dtype,
+            past=past,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             progress=progress,

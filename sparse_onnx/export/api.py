@@ -26,6 +26,7 @@ def export(
     random_weights: bool = False,
     dtype: str | None = None,
     opset: int = 20,
+    past: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -47,6 +48,8 @@ def export(
         random_weights: build a Hugging Face model from its configuration alone.
         dtype: ``float32``, ``float16`` or ``bfloat16``; None keeps the source's own.
         opset: version of the ONNX operators, 18 to 25.
+        past: with the key/value cache among inputs and outputs, for decoders of transformers; see
+            `docs/generation.md`.
         trust_remote_code: run Python code that comes with a Hugging Face model.
         allow_pickle: load weights from pickles, which can run code.
         progress: called with a line at each step.
@@ -93,6 +96,10 @@ def export(
                 allow_pickle=allow_pickle,
                 **weights,
             )
+        if past:
+            from sparse_onnx.export.past import with_past
+
+            loaded = with_past(loaded)
         try:
             scratch = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
         except OSError as error:

@@ -171,15 +171,11 @@ def _worst(
     """The largest difference of any output, without padding and in these sequences `[batch]` only."""
     if len(expected) != len(actual):
         return Difference(np.inf, np.inf, False, f"{len(actual)} outputs instead of {len(expected)}")
-    masks = [value.numpy().astype(np.bool_) for name, value in run.inputs.items() if name in run.masks]
     total = Difference.none()
-    for left, right in zip(expected, actual, strict=True):
-        keep = np.ones(left.shape[:2], np.bool_)
-        for mask in masks:
-            if mask.shape == keep.shape:
-                keep &= mask
+    for output, (left, right) in enumerate(zip(expected, actual, strict=True)):
+        keep = run.kept(output, left.shape)
         if sequences is not None and len(sequences) == len(left):
-            keep &= sequences.reshape(-1, *[1] * (keep.ndim - 1))
+            keep = keep & sequences.reshape(-1, *[1] * (keep.ndim - 1))
         total = total.worse(difference(left, right, tolerance, None if keep.all() else keep))
     return total
 

@@ -80,6 +80,7 @@ def _compile(code: str, interface: Interface) -> Guard:
     needs_tensors = "L[" in expression
 
     def holds(sizes: Sizes) -> bool:
+        sizes = interface.complete(sizes)
         names = {"sizes": sizes, "math": math, "torch": torch}
         if needs_tensors:
             names["L"] = {

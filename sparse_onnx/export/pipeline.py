@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ import torch
 from sparse_onnx import blocks
 from sparse_onnx.core.errors import ModelError, VerificationError
 from sparse_onnx.core.report import Report, VerifyRecord
-from sparse_onnx.export import block_check, check, experts, planning, samples, trace, translate, twin
+from sparse_onnx.export import block_check, check, experts, past, planning, samples, trace, translate, twin
 from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.sources import Source, leaves
 from sparse_onnx.graph import io, stats
@@ -33,7 +34,8 @@ def run(source: Source, out: Path, folder: Path, *, opset: int, say: Callable[[s
     found = experts.find(source.module)
     notes = [*source.notes, *_about(found)]
     say("tracing")
-    traced = trace.trace(source, found, opset)
+    trace_of = past.trace_with_past if isinstance(source, past.PastSource) else trace.trace
+    traced = trace_of(source, found, opset)
     plan, plan_notes = planning.plan(source, traced.assumptions)
     notes += plan_notes
     half = _half(source)
@@ -44,9 +46,7 @@ def run(source: Source, out: Path, folder: Path, *, opset: int, say: Callable[[s
     say("comparing each expert")
     block_check.compare_blocks(path, found)
     if half is None or wide is None:
-        record = check.compare(
-            path, source, found, plan, tolerance=TOLERANCES["float32"], program=traced.program, progress=say
-        )
+        record = _compare(path, source, found, plan, TOLERANCES["float32"], say, traced.program)
     else:
         record, half_notes = _check_half(source, found, traced, wide, path, folder, plan, half, say)
         notes += half_notes
@@ -58,10 +58,27 @@ def run(source: Source, out: Path, folder: Path, *, opset: int, say: Callable[[s
         )
     say(f"saving {out.name}")
     io.save(io.load(path), out, weights="copy")
+    if isinstance(source, past.PastSource):
+        notes.append(past.write_config(source, out))
     model = io.load(out)
     return Report(
         "export", model=stats.record(model, out), blocks=block_records(model), verify=record, notes=notes
     )
+
+
+def _compare(
+    path: Path,
+    source: Source,
+    found: list[experts.Experts],
+    plan: list[samples.Run],
+    tolerance: float,
+    say: Callable[[str], None],
+    program: Callable[..., Any] | None = None,
+) -> VerifyRecord:
+    record = check.compare(path, source, found, plan, tolerance=tolerance, program=program, progress=say)
+    if isinstance(source, past.PastSource):
+        record = past.check_generation(record, path, source, found, tolerance=tolerance, progress=say)
+    return record
 
 
 def _about(found: list[experts.Experts]) -> list[str]:
@@ -118,7 +135,7 @@ def _check_half(
     ]
     # Constants that the program makes in its own type are rounded in the graph, and are not in the module.
     tolerance = TOLERANCES[half] / 10
-    record = check.compare(twin_path, widened, wide_found, wide_plan, tolerance=tolerance, progress=say)
+    record = _compare(twin_path, widened, wide_found, wide_plan, tolerance, say)
     notes = [f"verified on a float32 twin: the same graph and weights, widened from {half}"]
     if half == "float16":
         notes.append(_run_half(source, path, plan))

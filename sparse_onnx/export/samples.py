@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,6 +132,32 @@ class Interface:
             for axis, symbol in spec.axes.items()
         }
 
+    def complete(self, sizes: Mapping[str, int]) -> Mapping[str, int]:
+        """The sizes and those that follow from them."""
+        return sizes
+
+    def planned(self) -> list[tuple[dict[str, int], Kind]]:
+        """Sizes that were not traced, and what is drawn for them."""
+        symbols = self.symbols
+        plan: list[tuple[tuple[int, ...], Kind]] = []
+        if not symbols:
+            kinds: tuple[Kind, ...] = ("random", "random", "random", "random", "random", "one")
+            plan += [((), kind) for kind in kinds]
+        elif len(symbols) == 1:
+            plan += [((size,), kind) for size, kind in _ONE_AXIS]
+        else:
+            for first, second, kind in _TWO_AXES:
+                rest = tuple(math.ceil(second / 2) + 1 + extra for extra in range(len(symbols) - 2))
+                plan.append(((first, second, *rest), kind))
+        return [(dict(zip(symbols, values, strict=True)), kind) for values, kind in plan]
+
+    def described(self, sizes: Mapping[str, int]) -> str:
+        """How a report calls a run of these sizes."""
+        return "x".join(map(str, sizes.values()))
+
+    def run(self, name: str, inputs: dict[str, Tensor], sizes: Mapping[str, int]) -> Run:
+        return Run(name, inputs, sizes, self.masks)
+
     def traced_sizes(self) -> dict[str, int]:
         """A size for each axis, pairwise different and at least 2: a trace takes 1 for a constant, and equal
         sizes for one."""
@@ -207,6 +234,15 @@ class Run:
     sizes: Mapping[str, int]
     masks: frozenset[str] = frozenset()
 
+    def kept(self, output: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Which leading entries of an output of this shape are no padding."""
+        keep = np.ones(shape[:2], np.bool_)
+        for name in self.masks:
+            mask = self.inputs[name].numpy().astype(np.bool_)
+            if mask.shape == keep.shape:
+                keep &= mask
+        return keep
+
 
 _ONE_AXIS: tuple[tuple[int, Kind], ...] = (
     (3, "random"),
@@ -232,20 +268,9 @@ _TWO_AXES: tuple[tuple[int, int, Kind], ...] = (
 def untraced(interface: Interface) -> list[Run]:
     """At least six inputs that were not traced: other batches and lengths, one token, all tokens to one expert, a
     long sequence, and one with padding where the model has a mask."""
-    symbols = interface.symbols
-    plan: list[tuple[tuple[int, ...], Kind]] = []
-    if not symbols:
-        kinds: tuple[Kind, ...] = ("random", "random", "random", "random", "random", "one")
-        plan += [((), kind) for kind in kinds]
-    elif len(symbols) == 1:
-        plan += [((size,), kind) for size, kind in _ONE_AXIS]
-    else:
-        for first, second, kind in _TWO_AXES:
-            rest = tuple(math.ceil(second / 2) + 1 + extra for extra in range(len(symbols) - 2))
-            plan.append(((first, second, *rest), kind))
     return [
-        drawn(interface, dict(zip(symbols, values, strict=True)), kind, seed)
-        for seed, (values, kind) in enumerate(plan, start=1)
+        drawn(interface, sizes, kind, seed)
+        for seed, (sizes, kind) in enumerate(interface.planned(), start=1)
         if kind != "padded" or interface.masks
     ]
 
@@ -253,12 +278,12 @@ def untraced(interface: Interface) -> list[Run]:
 def drawn(interface: Interface, sizes: Mapping[str, int], kind: Kind, seed: int) -> Run:
     """One run of these sizes."""
     suffix = {"random": "", "one": " one expert", "padded": " padded"}[kind]
-    name = ("x".join(map(str, sizes.values())) or f"draw {seed}") + suffix
-    return Run(name, interface.draw(sizes, kind, seed), sizes, interface.masks)
+    name = (interface.described(sizes) or f"draw {seed}") + suffix
+    return interface.run(name, interface.draw(sizes, kind, seed), sizes)
 
 
 def given(interface: Interface) -> Run:
     """The source's own sample inputs."""
     sizes = interface.example_sizes
-    name = " ".join(["x".join(map(str, sizes.values())), "sample"]).strip()
-    return Run(name, interface.example, sizes, interface.masks)
+    name = " ".join([interface.described(sizes), "sample"]).strip()
+    return interface.run(name, interface.example, sizes)

@@ -47,8 +47,12 @@ def trace(source: Source, found: list[experts.Experts], opset: int) -> Traced:
             axis.
     """
     inputs = source.interface.draw(source.interface.traced_sizes())
+    free, derived = torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO
     shapes = {
-        name: dict.fromkeys(spec.axes, torch.export.Dim.DYNAMIC)
+        name: {
+            axis: free if symbol in source.interface.symbols else derived
+            for axis, symbol in spec.axes.items()
+        }
         for name, spec in source.interface.inputs.items()
     }
     with translate.quiet(), experts.hooked(found), _refused():
@@ -60,7 +64,7 @@ def trace(source: Source, found: list[experts.Experts], opset: int) -> Traced:
 def _trace_module(source: Source, inputs: dict[str, Tensor], shapes: dict[str, Any], opset: int) -> Traced:
     with torch.no_grad():
         program = torch.export.export(source.module, (), inputs, dynamic_shapes=shapes, strict=False)
-    runnable, assumptions = program.module(), guards.guards_of(program, source.interface)
+    runnable, assumptions = _runnable(program, source.interface), guards.guards_of(program, source.interface)
     symbols = _symbols(program, source.interface)
     names = _output_names(source.forward(inputs), inputs)
     model = translate.to_onnx(program, opset=opset, input_names=list(inputs), output_names=names)
@@ -83,7 +87,10 @@ def _trace_transformers(
     ):
         config = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
         program, _ = DynamoExporter().export_program(wanted, dict(inputs), config)
-        runnable, assumptions = program.module(), guards.guards_of(program, source.interface)
+        runnable, assumptions = (
+            _runnable(program, source.interface),
+            guards.guards_of(program, source.interface),
+        )
         symbols = _symbols(program, source.interface)
         input_names, output_names = utils.disambiguate_io_names(input_names, output_names)
         utils.apply_fx_node_fixes("onnx", program.graph_module)
@@ -96,6 +103,20 @@ def _trace_transformers(
         for body in bodies:
             fix(body)
     return Traced(model, runnable, assumptions, symbols)
+
+
+def _runnable(program: torch.export.ExportedProgram, interface: Interface) -> Callable[..., Any]:
+    """The program in torch. It takes 2 for the least size of any axis and lets smaller ones pass, but asserts what
+    follows for an axis that is the sum of others: such bounds are lowered to the 2 that passes."""
+    ranges: Any = program.range_constraints
+    for node in program.graph.nodes:
+        spec = interface.inputs.get(node.name) if node.op == "placeholder" else None
+        for axis, name in {} if spec is None else spec.axes.items():
+            size = node.meta["val"].shape[axis]
+            if name not in interface.symbols and isinstance(size, torch.SymInt):
+                bounds = ranges[size.node.expr]
+                ranges[size.node.expr] = type(bounds)(2, bounds.upper)
+    return program.module()
 
 
 def _symbols(program: torch.export.ExportedProgram, interface: Interface) -> dict[str, str]:

@@ -17,7 +17,7 @@ from sparse_onnx.core.collector import paused
 from sparse_onnx.core.errors import ImpossibleError, UsageError, VerificationError
 from sparse_onnx.core.passes import Outcome
 from sparse_onnx.core.report import PlacementRecord, Report, TuningRecord, VerifyRecord
-from sparse_onnx.graph import files, io, stats
+from sparse_onnx.graph import files, genai, io, stats
 from sparse_onnx.graph.annotate import annotate
 from sparse_onnx.graph.save import place
 from sparse_onnx.graph.valid import invalid
@@ -163,6 +163,9 @@ def optimize(
     report.output = stats.record(io.load(out), os.fspath(out))
     if resident is not None:
         report.notes.append(resident)
+    carried = genai.carry(Path(source), Path(out))
+    if carried is not None:
+        report.notes.append(carried)
     if was_packed:
         report.notes.append("packed weights of the input are left out: --weights prepacked makes them again")
     return report

@@ -99,6 +99,18 @@ CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
             "intermediate_size": 40,
         },
     ),
+    "lfm2_moe": (
+        "Lfm2Moe",
+        {
+            "intermediate_size": 40,
+            "moe_intermediate_size": 24,
+            "num_hidden_layers": 3,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention", "conv"],
+        },
+    ),
     "t5": ("T5", {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}),
 }
 

@@ -1,0 +1,293 @@
+"""A decoder's cache as flat tensors, in the names of onnxruntime-genai and optimum.
+
+transformers keeps one object a layer. Sliding windows and chunks keep what lies within the window only; in ONNX all
+layers keep every token, since both runtimes feed one past length, and the mask leaves out what is too far back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_onnx.core.errors import ImpossibleError
+
+HINT = "export it without --past"
+#: What rounding does not explain, relative to the largest logit.
+_FORGOTTEN = 1e-1
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One tensor of the cache, with the batch in axis 0.
+
+    `kind` is ``key`` and ``value`` `[batch, heads, length, width]` and ``indexer_key`` `[batch, length, width]`, which
+    grow with each token, or ``conv_state`` and ``recurrent_state``, which do not; `index` counts the states of one
+    layer. `alone` says that the layer has no other state or key, as LFM2's convolutions.
+    """
+
+    layer: int
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    index: int = 0
+    alone: bool = False
+
+    @property
+    def axis(self) -> int | None:
+        """The axis that grows."""
+        return {"key": 2, "value": 2, "indexer_key": 1}.get(self.kind)
+
+    @property
+    def past(self) -> str:
+        return f"past_conv.{self.layer}" if self.alone else f"past_key_values.{self.layer}.{self._suffix}"
+
+    @property
+    def present(self) -> str:
+        return f"present_conv.{self.layer}" if self.alone else f"present.{self.layer}.{self._suffix}"
+
+    @property
+    def _suffix(self) -> str:
+        return f"{self.kind}_{self.index}" if self.index else self.kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """How a language model of transformers is called with a cache.
+
+    `forward` is the model's own, whatever stands in its place during a trace.
+    """
+
+    config: Any
+    forward: Any
+    cache: str
+    takes_positions: bool
+
+    @staticmethod
+    def of(model: nn.Module) -> Decoder:
+        """
+        Raises:
+            ImpossibleError: the model has no cache of its own, or an encoder too.
+        """
+        config: Any = getattr(model, "config", None)
+        generates = getattr(model, "can_generate", None)
+        if config is None or generates is None:
+            raise ImpossibleError(
+                "--past needs a decoder of transformers: this module has no key/value cache", HINT
+            )
+        if getattr(config, "is_encoder_decoder", False):
+            raise ImpossibleError(
+                "--past takes decoders only, and this model has an encoder, whose keys and values it caches too",
+                HINT,
+            )
+        parameters = inspect.signature(type(model).forward).parameters
+        name = next((each for each in ("cache", "past_key_values") if each in parameters), None)
+        if name is None or not generates():
+            raise ImpossibleError(
+                f"--past needs a decoder that generates: {type(model).__name__} has no key/value cache", HINT
+            )
+        return Decoder(config, model.forward, name, "position_ids" in parameters)
+
+    @property
+    def text(self) -> Any:
+        """The configuration of the decoder itself."""
+        return self.config.get_text_config(decoder=True)
+
+    def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor | None, cache: Any) -> Any:
+        """The model's output for ids `[batch, sequence]` and a mask `[batch, past + sequence]`; `cache` grows."""
+        arguments = {"input_ids": ids, "attention_mask": mask, self.cache: cache, "use_cache": True}
+        if self.takes_positions:
+            arguments["position_ids"] = positions
+        return self.forward(**arguments)
+
+    def empty(self) -> Any:
+        """The cache that transformers' `generate` starts with."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.text)
+
+    @torch.no_grad()
+    def layout(self) -> tuple[Slot, ...]:
+        """The tensors of the cache, by running the model on three tokens.
+
+        Raises:
+            ImpossibleError: a layer keeps something else than keys, values and states.
+        """
+        cache, ids = self.empty(), torch.tensor([[0, 1, 2]])
+        output = self(
+            ids, torch.ones_like(ids), torch.arange(3)[None] if self.takes_positions else None, cache
+        )
+        returned = getattr(output, self.cache, None)
+        if returned is not cache:
+            raise ImpossibleError(f"the model keeps a cache of its own, {type(returned).__name__}", HINT)
+        slots = tuple(slot for index, layer in enumerate(cache.layers) for slot in _slots(index, layer))
+        if not any(slot.axis for slot in slots):
+            raise ImpossibleError("the cache holds no keys and values, from which a past length shows", HINT)
+        return slots
+
+    @torch.no_grad()
+    def require_continuing(self, slots: Sequence[Slot]) -> None:
+        """
+        Raises:
+            ImpossibleError: the model forgets a state where several tokens follow it, as Jamba in transformers 5.24,
+                so that one graph for any number of tokens cannot give what `generate` gives.
+        """
+        if all(slot.axis is not None for slot in slots):
+            return
+        ids = torch.arange(9)[None] % int(self.text.vocab_size)
+        cache = self.empty()
+        for piece in (slice(0, 5), slice(5, 9)):
+            split = self(
+                ids[:, piece], torch.ones_like(ids[:, : piece.stop]), torch.arange(9)[None, piece], cache
+            )
+        whole = self(ids, torch.ones_like(ids), torch.arange(9)[None], self.empty())
+        expected, actual = (output.logits[:, -1].float() for output in (whole, split))
+        if float((expected - actual).abs().max()) > _FORGOTTEN * float(expected.abs().max()):
+            raise ImpossibleError(
+                "transformers' own code for this model forgets its state where several tokens follow a past",
+                HINT,
+            )
+
+    def thresholds(self) -> list[int]:
+        """Lengths at which a model changes what it does: windows, chunks, the reach of short rotary factors."""
+        found = {getattr(layer, "sliding_window", None) for layer in self.empty().layers}
+        rotary = getattr(self.text, "rope_parameters", None) or {}
+        if rotary.get("rope_type") == "longrope":
+            found.add(rotary.get("original_max_position_embeddings"))
+        return sorted(length for length in found if length)
+
+    def own(self, slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Any:
+        """A cache of transformers' own layers with this past: what they would hold after these tokens. None of
+        the past means a fresh cache."""
+        cache = self.empty()
+        for layer, named in _by_layer(cache, slots, tensors):
+            if _length(slots, tensors):
+                _fill(layer, named)
+                _narrow(layer, _length(slots, tensors))
+            if hasattr(layer, "record_past") and hasattr(layer, "sliding_window"):
+                layer.record_past = True  # or the newest tokens of a long input would be cut, too
+        return cache
+
+    def full(self, slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Any:
+        """A cache whose layers keep every token, and which counts as begun even where the past is empty."""
+        from transformers import cache_utils
+
+        kept = {
+            cache_utils.DynamicSlidingWindowLayer: cache_utils.DynamicLayer,
+            cache_utils.LinearAttentionAndSlidingWindowAttentionLayer: (
+                cache_utils.LinearAttentionAndFullAttentionLayer
+            ),
+        }
+        cache = self.empty()
+        for index, layer in enumerate(cache.layers):
+            if type(layer) in kept:
+                states = {"number_of_states": layer.number_of_states} if hasattr(layer, "conv_states") else {}
+                cache.layers[index] = kept[type(layer)](**states)
+        for layer, named in _by_layer(cache, slots, tensors):
+            _fill(layer, named)
+        return cache
+
+
+def presents(
+    cache: Any, slots: Sequence[Slot], tensors: Mapping[str, Tensor], tokens: int | None = None
+) -> list[Tensor]:
+    """The cache's tensors after a forward, in the order of the slots.
+
+    Args:
+        cache: after the forward.
+        slots: what it holds.
+        tensors: the past that it began with.
+        tokens: number of new ones, where the cache may have dropped old ones.
+    """
+    found = []
+    for slot in slots:
+        value = _read(cache.layers[slot.layer], slot)
+        if slot.axis is not None and tokens is not None:
+            new = value.narrow(slot.axis, value.shape[slot.axis] - tokens, tokens)
+            value = torch.cat([tensors[slot.past], new], dim=slot.axis)
+        found.append(value)
+    return found
+
+
+def _slots(index: int, layer: Any) -> Iterator[Slot]:
+    from transformers import cache_utils
+
+    known = (
+        cache_utils.DynamicLayer,
+        cache_utils.DynamicSlidingWindowLayer,
+        cache_utils.DynamicIndexedLayer,
+        cache_utils.LinearAttentionLayer,
+        cache_utils.LinearAttentionAndFullAttentionLayer,
+        cache_utils.LinearAttentionAndSlidingWindowAttentionLayer,
+    )
+    if isinstance(layer, cache_utils.DummyLayer):
+        return
+    if type(layer) not in known:
+        raise ImpossibleError(
+            f"layer {index} keeps a {type(layer).__name__} in the cache, which neither onnxruntime-genai nor "
+            "optimum has inputs for",
+            HINT,
+        )
+    if getattr(layer, "indexer_position_ids", None) is not None:
+        raise ImpossibleError(f"layer {index} keeps positions of its indexer in the cache", HINT)
+    for kind, attribute in (("key", "keys"), ("value", "values"), ("indexer_key", "indexer_keys")):
+        value = getattr(layer, attribute, None)
+        if value is not None:
+            yield Slot(index, kind, tuple(value.shape), value.dtype)
+    states = [
+        (kind, number, value)
+        for kind in ("conv_state", "recurrent_state")
+        for number, value in getattr(layer, f"{kind}s", {}).items()
+        if value is not None
+    ]
+    alone = len(states) == 1 and states[0][0] == "conv_state" and getattr(layer, "keys", None) is None
+    for kind, number, value in states:
+        yield Slot(index, kind, tuple(value.shape), value.dtype, number, alone)
+
+
+def _by_layer(
+    cache: Any, slots: Sequence[Slot], tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[Any, list[tuple[Slot, Tensor]]]]:
+    for index in dict.fromkeys(slot.layer for slot in slots):
+        yield cache.layers[index], [(slot, tensors[slot.past]) for slot in slots if slot.layer == index]
+
+
+def _length(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> int:
+    return next(tensors[slot.past].shape[slot.axis] for slot in slots if slot.axis is not None)
+
+
+def _fill(layer: Any, named: Sequence[tuple[Slot, Tensor]]) -> None:
+    for slot, value in named:
+        layer.device, layer.dtype = value.device, value.dtype
+        if slot.kind in ("key", "value"):
+            setattr(layer, f"{slot.kind}s", value)
+            layer.is_initialized = True
+        elif slot.kind == "indexer_key":
+            layer.indexer_keys, layer.is_indexer_initialized = value, True
+            layer.indexer_device, layer.indexer_dtype = value.device, value.dtype
+        else:
+            # Layers write their states in place.
+            getattr(layer, f"{slot.kind}s")[slot.index] = value.clone()
+            getattr(layer, f"is_{slot.kind}s_initialized")[slot.index] = True
+            layer.has_previous_state[slot.index] = True
+            if slot.kind == "conv_state":
+                layer.conv_kernel_size[slot.index] = slot.shape[-1]
+
+
+def _narrow(layer: Any, length: int) -> None:
+    """Leaves a sliding window what transformers leaves it after `length` tokens."""
+    window = getattr(layer, "sliding_window", None)
+    if window is not None:
+        layer.keys = layer.keys[:, :, -window + 1 :]
+        layer.values = layer.values[:, :, -window + 1 :]
+        layer.cumulative_length = length
+
+
+def _read(layer: Any, slot: Slot) -> Tensor:
+    if slot.axis is None:
+        return getattr(layer, f"{slot.kind}s")[slot.index]
+    return getattr(layer, {"key": "keys", "value": "values"}.get(slot.kind, "indexer_keys"))

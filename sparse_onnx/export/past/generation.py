@@ -1,0 +1,183 @@
+"""Greedy generation by the exported file against transformers' `generate`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparse_onnx.core.report import VerifyRecord
+from sparse_onnx.export import check
+from sparse_onnx.export.experts import Experts
+from sparse_onnx.export.past.source import PastSource
+from sparse_onnx.export.sources import users_code
+from sparse_onnx.targets import session as sessions
+from sparse_onnx.verify.compare import Difference, difference
+
+#: Lengths of the prompts of each batch; shorter ones are padded on the left.
+_PROMPTS: tuple[tuple[int, ...], ...] = ((6,), (8, 5))
+_TOKENS = 32
+#: The prompt goes in as two pieces, so that several tokens follow a past of real keys and values.
+_FIRST = 2
+
+
+def check_generation(
+    record: VerifyRecord,
+    path: Path,
+    source: PastSource,
+    found: Sequence[Experts],
+    *,
+    tolerance: float,
+    progress: Callable[[str], None] | None = None,
+) -> VerifyRecord:
+    """The record with the greedy generations added; those after which it has failed are not run.
+
+    Args:
+        record: of the comparisons so far.
+        path: the exported model.
+        source: the reference.
+        found: the experts modules, whose routing is compared where tokens differ.
+        tolerance: largest accepted error of the logits of each step.
+        progress: called with a line a batch.
+
+    Raises:
+        OutsideError: the module raises.
+    """
+    session = sessions.create_session(path, name=path.name)
+    for lengths in _PROMPTS:
+        if record.passed is False:
+            break
+        count = _count(source, max(lengths))
+        name = f"{len(lengths)} prompt{'s' * (len(lengths) > 1)}, {count} greedy tokens"
+        if count < 1:
+            continue
+        if progress is not None:
+            progress(f"generating from {name}")
+        ids, mask = _prompts(source, lengths)
+        with users_code(source.name):
+            tokens, logits = _by_transformers(source, ids, mask, count)
+        total, ties, failure = Difference.none(), 0, None
+        for step, actual in enumerate(_by_onnxruntime(session, source, ids, mask, tokens)):
+            worst = difference(logits[:, step], actual, tolerance)
+            if not worst.within:
+                everything = np.concatenate([ids, tokens[:, : step + 1]], axis=1)
+                if _near_tie(path, source, found, everything, mask, tolerance):
+                    name += f", compared up to token {step + 1}, where rounding flips a router"
+                else:
+                    failure, total = f"{name}: token {step + 1}: {worst.reason}", total.worse(worst)
+                break
+            total = total.worse(worst)
+            ties += int((actual.argmax(axis=-1) != tokens[:, step]).sum())
+        if ties:
+            name += f", {ties} of them within rounding of another"
+        record = dataclasses.replace(
+            record,
+            passed=failure is None,
+            runs=record.runs + 1,
+            max_abs_error=max(record.max_abs_error or 0.0, total.max_abs),
+            max_rel_error=max(record.max_rel_error or 0.0, total.max_rel),
+            inputs=[*record.inputs, name],
+            failure=failure,
+        )
+    return record
+
+
+def _count(source: PastSource, prompt: int) -> int:
+    longest = source.interface.longest
+    return _TOKENS if longest is None else min(_TOKENS, longest - prompt)
+
+
+def _prompts(source: PastSource, lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask `[batch, longest]`."""
+    ids = np.zeros((len(lengths), max(lengths)), np.int64)
+    mask = np.zeros_like(ids)
+    generator = np.random.default_rng(sum(lengths))
+    for row, length in enumerate(lengths):
+        ids[row, -length:] = generator.integers(0, source.decoder.text.vocab_size, length)
+        mask[row, -length:] = 1
+    return ids, mask
+
+
+def _by_transformers(
+    source: PastSource, ids: np.ndarray, mask: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens `[batch, count]` and their logits `[batch, count, vocabulary]`."""
+    module: Any = source.module
+    with torch.no_grad(), _nothing_but_greedy(module, count):
+        result = module.generate(
+            input_ids=torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    logits = torch.stack(list(result.logits), dim=1).float().numpy()
+    return result.sequences[:, ids.shape[1] :].numpy(), logits
+
+
+@contextlib.contextmanager
+def _nothing_but_greedy(module: Any, count: int) -> Iterator[None]:
+    """The model's own settings of `generate` out of the way: penalties, sampling, the token that ends it."""
+    from transformers import GenerationConfig
+
+    before = module.generation_config
+    module.generation_config = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=count, pad_token_id=0, use_cache=True
+    )
+    try:
+        yield
+    finally:
+        module.generation_config = before
+
+
+def _by_onnxruntime(
+    session: Any, source: PastSource, ids: np.ndarray, mask: np.ndarray, tokens: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Logits `[batch, vocabulary]` of each step; the next step is fed with `tokens`."""
+    names = [output.name for output in session.get_outputs()]
+    feeds = {spec: value.numpy() for spec, value in source.interface.draw(_nothing(len(ids))).items()}
+    past = {slot.past: feeds[slot.past] for slot in source.slots}
+    pieces = [ids[:, :_FIRST], ids[:, _FIRST:], *(tokens[:, [step]] for step in range(tokens.shape[1] - 1))]
+    seen = 0
+    for number, piece in enumerate(pieces):
+        seen += piece.shape[1]
+        attended = np.concatenate(
+            [mask, np.ones((len(mask), max(0, seen - mask.shape[1])), mask.dtype)], axis=1
+        )
+        attended = attended[:, :seen]
+        feeds = {"input_ids": piece, "attention_mask": attended, **past}
+        if source.decoder.takes_positions:
+            positions = np.maximum(attended.cumsum(axis=1) - 1, 0)
+            feeds["position_ids"] = positions[:, -piece.shape[1] :]
+        feeds = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
+        results = dict(zip(names, sessions.run(session, feeds, "generation"), strict=True))
+        past = {slot.past: results[slot.present] for slot in source.slots}
+        if number:
+            yield results["logits"][:, -1].astype(np.float32)
+
+
+def _nothing(batch: int) -> dict[str, int]:
+    return {"batch": batch, "sequence": 1, "past_sequence": 0}
+
+
+def _near_tie(
+    path: Path,
+    source: PastSource,
+    found: Sequence[Experts],
+    ids: np.ndarray,
+    mask: np.ndarray,
+    tolerance: float,
+) -> bool:
+    """Whether rounding flips a router somewhere in these sequences, so that the two need not agree."""
+    attended = np.concatenate([mask, np.ones((len(ids), ids.shape[1] - mask.shape[1]), mask.dtype)], axis=1)
+    sizes = {"batch": len(ids), "sequence": ids.shape[1], "past_sequence": 0}
+    inputs = source.interface.draw(sizes)
+    inputs |= {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(attended)}
+    if "position_ids" in inputs:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    run = source.interface.run("the generated text", inputs, sizes)
+    return check.compare(path, source, found, [run], tolerance=tolerance).tokens_left_out > 0

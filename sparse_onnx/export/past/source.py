@@ -1,0 +1,193 @@
+"""A decoder with its cache as a source: what goes in, what the module itself answers, which runs it is compared on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError
+from sparse_onnx.export import samples
+from sparse_onnx.export.failure import first_line
+from sparse_onnx.export.past.cache import HINT, Decoder, Slot, presents
+from sparse_onnx.export.samples import Interface, Kind, Spec
+from sparse_onnx.export.sources import Source
+
+#: Batch, new tokens, past tokens.
+_RUNS: tuple[tuple[int, int, int, Kind], ...] = (
+    (3, 11, 0, "random"),
+    (1, 1, 0, "random"),
+    (1, 1, 8, "random"),
+    (4, 1, 6, "one"),
+    (2, 9, 4, "one"),
+    (1, 6, 40, "random"),
+    (5, 3, 13, "random"),
+    (3, 6, 0, "padded"),
+    (2, 1, 9, "padded"),
+    (2, 4, 5, "padded"),
+)
+#: Tokens of padding that end a past.
+_GAP = 2
+#: Largest cache that a run beyond the window is made for.
+_MAX_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class PastInterface(Interface):
+    """Inputs by their ONNX names. The attention mask is `past_sequence + sequence` long; positions follow from it."""
+
+    thresholds: tuple[int, ...] = ()
+    longest: int | None = None
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        return "batch", "sequence", "past_sequence"
+
+    def complete(self, sizes: Mapping[str, int]) -> Mapping[str, int]:
+        return {**sizes, "total_sequence": sizes["sequence"] + sizes["past_sequence"]}
+
+    def draw(self, sizes: Mapping[str, int], kind: Kind = "random", seed: int = 0) -> dict[str, Tensor]:
+        """Keys, values and states are random; without a past the states are zero, as both runtimes begin. Padding is
+        on the left of the first sequence, and at the end of the second one's past: onnxruntime-genai pads prompts
+        on the right."""
+        drawn = super().draw(self.complete(sizes), kind, seed)
+        new, past = sizes["sequence"], sizes["past_sequence"]
+        if kind == "padded" and past > _GAP and sizes["batch"] > 1:
+            drawn["attention_mask"][1, past - _GAP : past] = 0
+        if "position_ids" in drawn:
+            positions = (drawn["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            drawn["position_ids"] = positions[:, -new:].contiguous()
+        if not past:
+            for name, spec in self.inputs.items():
+                if spec.dtype.is_floating_point and "past_sequence" not in spec.axes.values():
+                    drawn[name] = torch.zeros_like(drawn[name])
+        return drawn
+
+    def planned(self) -> list[tuple[dict[str, int], Kind]]:
+        """Splits into past and new tokens, with and without padding; some end just behind each threshold."""
+        runs = list(_RUNS)
+        for length in self.thresholds:
+            for past in (length - 1, length, length + 7):
+                runs.append((1, 1, past, "random"))
+            runs.append((2, 5, length + 2, "padded"))
+        return [
+            ({"batch": batch, "sequence": new, "past_sequence": past}, kind)
+            for batch, new, past, kind in dict.fromkeys(runs)
+            if (self.longest is None or new + past <= self.longest) and self._bytes(batch, past) <= _MAX_BYTES
+        ]
+
+    def described(self, sizes: Mapping[str, int]) -> str:
+        return f"{sizes['batch']}x{sizes['sequence']} after {sizes['past_sequence']}"
+
+    def exceeds(self, length: int) -> bool:
+        """Whether any run goes beyond this length."""
+        return any(sizes["sequence"] + sizes["past_sequence"] > length for sizes, _ in self.planned())
+
+    def renamed(self) -> PastInterface:
+        """By names that Python takes for arguments."""
+        return dataclasses.replace(
+            self, inputs={python_name(name): spec for name, spec in self.inputs.items()}
+        )
+
+    def run(self, name: str, inputs: dict[str, Tensor], sizes: Mapping[str, int]) -> samples.Run:
+        return PastRun(name, inputs, sizes, self.masks)
+
+    def _bytes(self, batch: int, past: int) -> int:
+        sizes = self.complete({"batch": batch, "sequence": 1, "past_sequence": past})
+        return sum(math.prod(spec.shape(sizes)) for spec in self.inputs.values()) * 4
+
+
+class PastRun(samples.Run):
+    """Padding is left out of the logits `[batch, sequence, vocabulary]` and of the keys and values `[batch, heads,
+    total, width]`."""
+
+    def kept(self, output: int, shape: tuple[int, ...]) -> np.ndarray:
+        mask = self.inputs["attention_mask"].numpy().astype(np.bool_)
+        if output == 0:
+            return mask[:, -shape[1] :]
+        if len(shape) == 4 and shape[2] == mask.shape[1]:
+            return np.broadcast_to(mask[:, None], shape[:3])
+        return np.ones(shape[:1], np.bool_)
+
+
+def python_name(name: str) -> str:
+    return name.replace(".", "_")
+
+
+@dataclasses.dataclass(frozen=True)
+class PastSource(Source):
+    """A decoder; `slots` are the tensors of its cache, in the order of the outputs behind the logits, and `plain` is
+    the same model without cache."""
+
+    slots: tuple[Slot, ...] = ()
+    plain: Source | None = None
+
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder.of(self.module)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Any:
+        """Logits and new cache by the module with transformers' own cache, its sliding windows cut as they are."""
+        decoder, ids = self.decoder, inputs["input_ids"]
+        with torch.no_grad():
+            cache = decoder.own(self.slots, inputs)
+            output = decoder(ids, inputs["attention_mask"], inputs.get("position_ids"), cache)
+            return output.logits, *presents(cache, self.slots, inputs, ids.shape[1])
+
+    def widened(self) -> PastSource:
+        assert self.plain is not None
+        return with_past(self.plain.widened())
+
+
+def with_past(source: Source) -> PastSource:
+    """The same decoder with its cache among inputs and outputs.
+
+    Raises:
+        ImpossibleError: it has none, or one that has no such inputs.
+    """
+    decoder = Decoder.of(source.module)
+    try:
+        slots = decoder.layout()
+        decoder.require_continuing(slots)
+    except SparseOnnxError:
+        raise
+    except Exception as error:  # whatever the model raises where it is given a cache
+        raise ImpossibleError(
+            f"the model does not run with transformers' own cache: {first_line(error)}", HINT
+        ) from error
+    text = decoder.text
+    longest = getattr(text, "max_position_embeddings", None)
+    interface = PastInterface(_inputs(decoder, slots), tuple(decoder.thresholds()), longest)
+    notes = tuple(
+        f"no input longer than {length} tokens was compared, from which on the model goes on otherwise: too large"
+        for length in interface.thresholds
+        if not interface.exceeds(length) and (longest is None or longest > length)
+    )
+    own = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
+    changed = {"interface": interface, "is_transformers": True, "notes": (*source.notes, *notes)}
+    return PastSource(**{**own, **changed}, slots=slots, plain=source)
+
+
+def _inputs(decoder: Decoder, slots: tuple[Slot, ...]) -> dict[str, Spec]:
+    """Examples of two sequences of two tokens after three."""
+    last = int(decoder.text.vocab_size) - 1
+    ids = torch.tensor([[0, last], [last, 0]])
+    inputs = {
+        "input_ids": Spec(ids, {0: "batch", 1: "sequence"}),
+        "attention_mask": Spec(torch.ones(2, 5, dtype=torch.int64), {0: "batch", 1: "total_sequence"}, True),
+    }
+    if decoder.takes_positions:
+        positions = torch.tensor([[3, 4], [3, 4]])
+        inputs["position_ids"] = Spec(positions, {0: "batch", 1: "sequence"})
+    generator = torch.Generator().manual_seed(0)
+    for slot in slots:
+        axes = {0: "batch"} | ({slot.axis: "past_sequence"} if slot.axis is not None else {})
+        shape = [3 if axis == slot.axis else size for axis, size in enumerate(slot.shape)]
+        example = torch.randn(2, *shape[1:], generator=generator).to(slot.dtype)
+        inputs[slot.past] = Spec(example, axes)
+    return inputs
