@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from sparse_onnx.blocks import Activation, ExpertSpec, GateLayout, WeightLayout
 from sparse_onnx.export import gate
+from sparse_onnx.export.chosen import by_expert, is_gated
 
 _NAME = "sparse_onnx"
 #: Largest accepted error of the operator against the module, relative to the largest output. Half precision
@@ -92,13 +94,22 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, expert: int, spec
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """One experts module and its neutral form; `spec` None means that it keeps its own forward, and `reason`
-    why."""
+    """One experts module and its neutral form; `spec` None means that it has none, and `reason` why.
+
+    `plain`: it is computed expert by expert in plain operators then, on the rows that chose each; else it keeps its
+    own forward.
+    """
 
     path: str
     module: nn.Module
     spec: ExpertSpec | None
     reason: str = ""
+    plain: bool = False
+
+
+def is_part(model: nn.Module, entry: Experts) -> bool:
+    """Whether the experts module is the model's own, and not one that an adapter put in its place."""
+    return dict(model.named_modules()).get(entry.path) is entry.module
 
 
 def find(model: nn.Module) -> list[Experts]:
@@ -117,32 +128,29 @@ def _recognise(path: str, module: nn.Module) -> Experts:
         return Experts(path, module, None, "each expert's output is normalised")
     if getattr(module, "_is_expert_parallel", False):
         return Experts(path, module, None, "its experts are distributed over processes")
-    gated = _gated(module)
+    gated = is_gated(module)
     function = getattr(module, "_apply_gate", None) if gated else getattr(module, "act_fn", None)
     if function is None:
         return Experts(path, module, None, f"it has no {'_apply_gate' if gated else 'act_fn'}")
     layout = WeightLayout.IN_OUT if getattr(module, "is_transposed", False) else WeightLayout.OUT_IN
     spec = gate.classify(function, gated, layout)
     if spec is None:
-        return Experts(path, module, None, "its gate has no neutral form")
-    if not _agrees(module, spec):
+        plain = not _dispatched(module) and _agrees(module, functools.partial(by_expert, module))
+        return Experts(path, module, None, "its gate has no neutral form", plain)
+    if not _agrees(module, functools.partial(_call, module, spec)):
         return Experts(path, module, None, "it computes something else than its weights and gate say")
     return Experts(path, module, spec)
 
 
-def _gated(module: nn.Module) -> bool:
-    return bool(getattr(module, "has_gate", hasattr(module, "gate_up_proj")))
-
-
 @torch.no_grad()
-def _agrees(module: nn.Module, spec: ExpertSpec) -> bool:
-    """Whether the operator gives the module's own answer for every expert."""
+def _agrees(module: nn.Module, candidate: Callable[..., Tensor]) -> bool:
+    """Whether the candidate gives the module's own answer for every expert."""
     for values in probes(module):
         try:
             expected = module(*values)
         except Exception:  # whatever it raises: it is not called like this
             return False
-        if not isinstance(expected, Tensor) or not same_rows(expected, _call(module, spec, *values)):
+        if not isinstance(expected, Tensor) or not same_rows(expected, candidate(*values)):
             return False
     return True
 
@@ -171,11 +179,25 @@ def same_rows(expected: Tensor, actual: Tensor) -> bool:
     no expert hides behind a larger one."""
     if expected.shape != actual.shape:
         return False
-    tolerance = _TOLERANCE.get(expected.dtype, 0.0)
+    return row_error(expected, actual) <= tolerance(expected.dtype)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest accepted `row_error` of another computation in this type."""
+    return _TOLERANCE.get(dtype, 0.0)
+
+
+def row_error(expected: Tensor, actual: Tensor) -> float:
+    """The largest error of `[T, D]`, relative to the largest magnitude of its row; infinite where one side has no
+    number and the other has."""
+    if not expected.numel():
+        return 0.0
     expected, actual = expected.double(), actual.double()
-    scale = expected.abs().amax(-1)
-    error = (actual - expected).abs().amax(-1)
-    return bool((error <= tolerance * scale.clamp(min=float(scale.median()) * _LEAST_SCALE)).all())
+    scale = torch.where(expected.isfinite(), expected.abs(), 0.0).amax(-1)
+    error = torch.where(expected == actual, 0.0, (actual - expected).abs()).amax(-1)
+    error = torch.where(expected.isnan().any(-1) & (expected.isnan() == actual.isnan()).all(-1), 0.0, error)
+    ratio = error / scale.clamp(min=float(scale.median()) * _LEAST_SCALE)
+    return float(torch.where(error == 0, 0.0, ratio).nan_to_num(nan=float("inf")).max())
 
 
 @torch.no_grad()
@@ -222,8 +244,9 @@ def _call(module: nn.Module, spec: ExpertSpec, tokens: Tensor, index: Tensor, we
 
 @contextlib.contextmanager
 def hooked(experts: list[Experts]) -> Iterator[None]:
-    """Within the block the experts modules run as `sparse_onnx::moe`; those without a neutral form run as
-    they did, transformers' ones in its grouped form, which computes no more than the chosen experts."""
+    """Within the block the experts modules run as `sparse_onnx::moe`; those without a neutral form run in plain
+    operators, transformers' ones in its grouped form, where these give the same; none computes more than the chosen
+    experts then. The others run as they did."""
     specs = {id(entry.module): entry.spec for entry in experts if entry.spec is not None}
 
     def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -236,6 +259,8 @@ def hooked(experts: list[Experts]) -> Iterator[None]:
         for entry in experts:
             if entry.spec is not None and not _dispatched(entry.module):
                 stack.enter_context(_bound(entry.module, forward))
+            elif entry.plain:
+                stack.enter_context(_bound(entry.module, by_expert))
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from sparse_onnx import blocks
 from sparse_onnx.core.errors import ModelError, VerificationError
 from sparse_onnx.core.report import Report, VerifyRecord
-from sparse_onnx.export import block_check, check, experts, planning, samples, trace, translate, twin
+from sparse_onnx.export import adapters, block_check, check, experts, planning, samples, trace, translate, twin
 from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.sources import Source, leaves
 from sparse_onnx.graph import io, stats
@@ -23,17 +23,28 @@ from sparse_onnx.targets import session as sessions
 from sparse_onnx.verify.compare import TOLERANCES
 
 
-def run(source: Source, out: Path, folder: Path, *, opset: int, say: Callable[[str], None]) -> Report:
-    """Traces, checks, and puts the result at `out`; `folder` is scratch space on the same file system.
+def run(
+    source: Source,
+    out: Path,
+    folder: Path,
+    *,
+    opset: int,
+    say: Callable[[str], None],
+    given: Sequence[adapters.Named] = (),
+) -> Report:
+    """Traces, checks, and puts the result at `out`; `folder` is scratch space on the same file system, `given` the
+    user's adapters.
 
     Raises:
         ImpossibleError, VerificationError: as `sparse_onnx.export` says; nothing is at `out` then.
     """
     say("finding experts")
-    found = experts.find(source.module)
-    notes = [*source.notes, *_about(found)]
-    say("tracing")
-    traced = trace.trace(source, found, opset)
+    adapted = adapters.adapt(source, given, share=source.owned)
+    with adapted.in_place(source) as replaced:
+        found = experts.find(replaced.module)
+        notes = [*source.notes, *adapted.notes, *_about(found)]
+        say("tracing")
+        traced = trace.trace(replaced, found, opset)
     plan, plan_notes = planning.plan(source, traced.assumptions)
     notes += plan_notes
     half = _half(source)
@@ -113,8 +124,11 @@ def _check_half(
     twin_path = _finished(wide, traced.symbols, found, folder / f"float32.{path.name}")
     widened = source.widened()
     wide_plan, _ = planning.plan(widened, traced.assumptions)
+    parts = dict(widened.module.named_modules())
     wide_found = [
-        dataclasses.replace(entry, module=widened.module.get_submodule(entry.path)) for entry in found
+        dataclasses.replace(entry, module=parts[entry.path])
+        for entry in found
+        if experts.is_part(source.module, entry)
     ]
     # Constants that the program makes in its own type are rounded in the graph, and are not in the module.
     tolerance = TOLERANCES[half] / 10

@@ -33,14 +33,15 @@ def fill(model: nn.Module) -> None:
             deviation = _deviation(name, parameter, transposed)
             if id(parameter) in embeddings:
                 deviation = 1.0
-            elif parameter.dim() == 2 and parameter.shape[0] == _sibling_experts(path, experts):
+            elif parameter.dim() == 2 and (
+                parameter.shape[0] == _sibling_experts(path, experts) or _is_router(path)
+            ):
                 deviation = ROUTER_SCALE * parameter.shape[1] ** -0.5
             if deviation:
                 _normal(f"{path}.{name}", parameter, deviation)
         for name, buffer in module.named_buffers(recurse=False):
-            if name.endswith(
-                "correction_bias"
-            ):  # of DeepSeek's routers: zeros would not tell whether it is added
+            # Of routers: zeros would not tell whether they are added.
+            if name.endswith(("correction_bias", "balancing_biases")):
                 _normal(f"{path}.{name}", buffer, _BIAS_DEVIATION)
 
 
@@ -51,6 +52,11 @@ def _deviation(name: str, parameter: Tensor, transposed: bool) -> float:
     if name.endswith("bias"):
         return _BIAS_DEVIATION
     return float(parameter.shape[-1]) ** -0.5 if parameter.dim() == 2 else 0.0
+
+
+def _is_router(path: str) -> bool:
+    """Whether a module is or belongs to one that is called a router."""
+    return any(part.startswith("router") for part in path.split("."))
 
 
 def _sibling_experts(path: str, experts: dict[str, int]) -> int | None:
