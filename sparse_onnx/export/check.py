@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -141,10 +142,13 @@ def _run_program(program: Callable[..., Any], run: Run) -> None:
 
 @contextlib.contextmanager
 def _recorded(found: Sequence[Experts]) -> Iterator[dict[str, np.ndarray]]:
-    """The indices `[T, K]` that each experts module is called with, by its path."""
+    """The indices `[T, K]` that each experts module is called with, by its path; not of one in several places."""
     chosen: dict[str, np.ndarray] = {}
     handles = []
+    places = collections.Counter(id(entry.module) for entry in found)
     for entry in found:
+        if places[id(entry.module)] > 1:
+            continue
 
         def note(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = entry.path

@@ -113,8 +113,15 @@ def is_part(model: nn.Module, entry: Experts) -> bool:
 
 
 def find(model: nn.Module) -> list[Experts]:
-    """All experts modules of the model, each tried. Call it before the model's forward is touched."""
-    return [_recognise(path, module) for path, module in model.named_modules() if _is_experts(module)]
+    """All experts modules of the model, each tried; one in several places is there once for each. Call it before the
+    model's forward is touched."""
+    found: dict[int, Experts] = {}
+    entries = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if _is_experts(module):
+            known = found.get(id(module)) or found.setdefault(id(module), _recognise(path, module))
+            entries.append(dataclasses.replace(known, path=path))
+    return entries
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -256,7 +263,7 @@ def hooked(experts: list[Experts]) -> Iterator[None]:
         dispatched = [entry.module for entry in experts if _dispatched(entry.module)]
         if dispatched:
             stack.enter_context(_transformers_implementation(dispatched, forward, set(specs)))
-        for entry in experts:
+        for entry in {id(entry.module): entry for entry in experts}.values():
             if entry.spec is not None and not _dispatched(entry.module):
                 stack.enter_context(_bound(entry.module, forward))
             elif entry.plain:

@@ -34,7 +34,7 @@ def fill(model: nn.Module) -> None:
             if id(parameter) in embeddings:
                 deviation = 1.0
             elif parameter.dim() == 2 and (
-                parameter.shape[0] == _sibling_experts(path, experts) or _is_router(path)
+                parameter.shape[0] == _sibling_experts(path, experts) or _is_router(path, parameter)
             ):
                 deviation = ROUTER_SCALE * parameter.shape[1] ** -0.5
             if deviation:
@@ -54,9 +54,11 @@ def _deviation(name: str, parameter: Tensor, transposed: bool) -> float:
     return float(parameter.shape[-1]) ** -0.5 if parameter.dim() == 2 else 0.0
 
 
-def _is_router(path: str) -> bool:
-    """Whether a module is or belongs to one that is called a router."""
-    return any(part.startswith("router") for part in path.split("."))
+def _is_router(path: str, weight: Tensor) -> bool:
+    """Whether a matrix belongs to what is called a router; one that keeps the width is inside a router's own network,
+    and not what scores."""
+    named = any(part.startswith("router") for part in path.split("."))
+    return named and weight.shape[0] != weight.shape[1]
 
 
 def _sibling_experts(path: str, experts: dict[str, int]) -> int | None:

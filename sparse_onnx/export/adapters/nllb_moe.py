@@ -39,7 +39,7 @@ def sparse_mlp(module: Any) -> nn.Module:
         raise ImpossibleError(
             "the router's capacity is that of the first input it ever sees", "set expert_capacity"
         )
-    mlps = list(module.experts.values())
+    mlps = [module.experts[f"expert_{number}"] for number in range(module.experts.num_experts)]
     experts = PackedExperts.of_linears([mlp.fc1 for mlp in mlps], [mlp.fc2 for mlp in mlps], mlps[0].act)
     return _SparseMLP(router, experts, 1.0 - module.experts.moe_token_dropout)
 

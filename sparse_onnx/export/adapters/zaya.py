@@ -7,14 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_onnx.export.adapters.packed import PackedExperts
+
 
 def sparse_moe(module: Any) -> nn.Module:
     """`ZayaSparseMoeBlock`: slots of weight 0 are dropped."""
-    return _SparseMoE(module.gate, module.experts)
+    stored = module.experts
+    return _SparseMoE(
+        module.gate, PackedExperts(stored.gate_up_proj, stored.down_proj, stored.act_fn, gated=True)
+    )
 
 
 class _SparseMoE(nn.Module):
-    def __init__(self, gate: nn.Module, experts: Any) -> None:
+    def __init__(self, gate: nn.Module, experts: PackedExperts) -> None:
         super().__init__()
         self.gate, self.experts = gate, experts
 
