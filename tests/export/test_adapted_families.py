@@ -96,7 +96,7 @@ def test_slots_are_really_dropped(name: str, count: int, tmp_path: Path) -> None
     index = chosen(model(name, tmp_path))
     dropped = (index == count).double().mean()
     assert 0.02 < dropped < 0.9
-    assert len(index.unique()) == (3 if name == "nllb" else count + 1)
+    assert len(index.unique()) == {"nllb": 3, "zaya": 4}.get(name, count + 1)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -144,7 +144,7 @@ def test_nllb_still_has_its_bug(tmp_path: Path) -> None:
 def test_ways_of_nllb_to_route(changes: dict[str, Any], tmp_path: Path) -> None:
     source = model("nllb", tmp_path, **changes)
     adapted = adapters.adapt(source)
-    assert len(adapted.replaced) == LAYERS
+    assert len([entry for entry in adapted.replaced if entry.path.endswith("ffn")]) == LAYERS
     with adapted.in_place(source) as replaced:
         for run in samples.untraced(source.interface):
             np.testing.assert_allclose(outputs(replaced, run), outputs(source, run), rtol=1e-4, atol=1e-4)

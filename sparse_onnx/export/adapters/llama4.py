@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_onnx.export.adapters.packed import PackedExperts
+from sparse_onnx.export.adapters.twins import with_functions
 
 
 def moe(module: Any) -> nn.Module | None:
@@ -51,12 +48,12 @@ class _MoE(nn.Module):
 
 def text_attention(module: Any) -> nn.Module:
     """`Llama4TextAttention`."""
-    return _with_functions(module, apply_rotary_emb=_rotate)
+    return with_functions(module, apply_rotary_emb=_rotate)
 
 
 def vision_attention(module: Any) -> nn.Module:
     """`Llama4VisionAttention`."""
-    return _with_functions(module, vision_apply_rotary_emb=_rotate_vision)
+    return with_functions(module, vision_apply_rotary_emb=_rotate_vision)
 
 
 def _rotate(query: Tensor, key: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,21 +74,3 @@ def _turned(x: Tensor, turn: Tensor) -> Tensor:
     real, imaginary, cosine, sine = pairs[..., 0], pairs[..., 1], turn[..., 0], turn[..., 1]
     turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1)
     return turned.flatten(3).type_as(x)
-
-
-def _with_functions(module: nn.Module, **functions: Callable[..., Any]) -> nn.Module:
-    """The same module, whose forward finds these functions under the names of its Python module's own."""
-    forward = inspect.unwrap(type(module).forward)
-    if not all(name in forward.__globals__ for name in functions):
-        raise AttributeError(f"{type(module).__module__} has no {' or '.join(functions)}")
-    changed = types.FunctionType(
-        forward.__code__,
-        {**forward.__globals__, **functions},
-        forward.__name__,
-        forward.__defaults__,
-        forward.__closure__,
-    )
-    changed.__kwdefaults__ = forward.__kwdefaults__
-    twin = copy.copy(module)
-    object.__setattr__(twin, "forward", types.MethodType(changed, twin))
-    return twin

@@ -13,6 +13,7 @@ from sparse_onnx.export.adapters import (
     llama4,
     longcat_flash,
     nllb_moe,
+    positions,
     switch_transformers,
     vitpose,
     zaya,
@@ -25,9 +26,11 @@ _BY_CLASS: dict[str, Callable[[Any], nn.Module | None]] = {
     "Llama4TextMoe": llama4.moe,
     "Llama4VisionAttention": llama4.vision_attention,
     "LongcatFlashMoE": longcat_flash.moe,
+    "NllbMoeSinusoidalPositionalEmbedding": positions.sinusoidal,
     "NllbMoeSparseMLP": nllb_moe.sparse_mlp,
     "SwitchTransformersSparseMLP": switch_transformers.sparse_mlp,
     "VitPoseNaiveMoe": vitpose.experts,
+    "ZayaCCAProjection": zaya.projection,
     "ZayaSparseMoeBlock": zaya.sparse_moe,
 }
 

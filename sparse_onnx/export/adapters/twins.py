@@ -1,0 +1,38 @@
+"""A module with the same parts and another forward."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """The same module, which computes `forward(module, ...)`."""
+    twin = copy.copy(module)
+    vars(twin)["forward"] = types.MethodType(forward, twin)
+    return twin
+
+
+def with_functions(module: nn.Module, **functions: Callable[..., Any]) -> nn.Module:
+    """The same module, whose forward finds these functions under the names of its Python module's own.
+
+    Raises:
+        AttributeError: its Python module has none of that name.
+    """
+    forward = inspect.unwrap(type(module).forward)
+    if not all(name in forward.__globals__ for name in functions):
+        raise AttributeError(f"{type(module).__module__} has no {' or '.join(functions)}")
+    changed = types.FunctionType(
+        forward.__code__,
+        {**forward.__globals__, **functions},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    changed.__kwdefaults__ = forward.__kwdefaults__
+    return with_forward(module, changed)
