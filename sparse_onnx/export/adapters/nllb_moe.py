@@ -50,6 +50,9 @@ class _SparseMLP(nn.Module):
     def __init__(self, router: Any, experts: PackedExperts, scale: float) -> None:
         super().__init__()
         self.router, self.experts, self.scale = router, experts, scale
+        # A tensor: the exporter writes numbers of Python as float32, whose 0.3 times 40 is more than 12.
+        fraction = torch.tensor(router.moe_eval_capacity_token_fraction, dtype=torch.float64)
+        self.register_buffer("fraction", fraction, persistent=False)
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """`[B, S, D] -> [B, S, D]`."""
@@ -99,9 +102,8 @@ class _SparseMLP(nn.Module):
         )
 
     def _capacity(self, first: Tensor) -> Tensor | int:
-        fraction = self.router.moe_eval_capacity_token_fraction
-        if fraction <= 0:
+        if self.router.moe_eval_capacity_token_fraction <= 0:
             return int(self.router.expert_capacity)
         # By tensor operations, so that the number of tokens stays free; in double, as Python computes it.
         count = torch.ones_like(first[:, 0], dtype=torch.float64).sum()
-        return (count * fraction).ceil().long()
+        return (count * self.fraction).ceil().long()
