@@ -19,7 +19,7 @@ _BIAS_DEVIATION = 0.1
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
     """Fills every parameter in place: matrices with deviation 1/sqrt(fan_in), routers three times that,
-    embeddings 1, biases 0.1; scales of norms stay 1. Each value depends on the parameter's name alone, not on
+    embeddings 1, biases and what is zeros 0.1; scales of norms stay 1. Each value depends on the parameter's name alone, not on
     the order."""
     experts = {
         path.rpartition(".")[0]: module.down_proj.shape[0]
@@ -46,7 +46,9 @@ def fill(model: nn.Module) -> None:
 
 
 def _deviation(name: str, parameter: Tensor, transposed: bool) -> float:
-    """0 for what stays as it is."""
+    """0 for what stays as it is: ones. Of zeros nobody can tell whether they are used."""
+    if parameter.dim() == 1 and not parameter.any():
+        return _BIAS_DEVIATION
     if parameter.dim() >= 3 and not name.endswith("bias"):
         return float(parameter.shape[-2 if transposed else -1]) ** -0.5
     if name.endswith("bias"):

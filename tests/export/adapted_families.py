@@ -129,8 +129,58 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+#: Experts without neutral form, exact in plain operators: no block, and a note that says why.
+FALLBACKS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "step3p7": (
+        "Step3p7TextModel",
+        "Step3p7TextConfig",
+        {
+            **_DECODER,
+            "head_dim": 8,
+            "intermediate_size": 40,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "share_expert_dim": 20,
+            "query_pre_attn_scalar": 8,
+            "mlp_layer_types": ["sparse", "sparse"],
+            "swiglu_limits": [0.5, 0.25],
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 9,
+        },
+    ),
+    "muse_spark": (
+        "MuseSparkTextModel",
+        "MuseSparkTextConfig",
+        {
+            **_DECODER,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "head_dim": 8,
+            "intermediate_size": 40,
+            "sliding_window": 9,
+            "moe_intermediate_size": 24,
+            "moe_hidden_size": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "doge": (
+        "DogeForCausalLM",
+        "DogeConfig",
+        {
+            **_DECODER,
+            "intermediate_size": 40,
+            "is_moe": True,
+            "num_experts": 25,
+            "num_experts_per_tok": 4,
+            "keep_window_size": 6,
+        },
+    ),
+}
+
 
 def config(name: str, **changes: Any) -> Any:
     """The configuration, naming its model class."""
-    model, kind, settings = FAMILIES[name]
+    model, kind, settings = {**FAMILIES, **FALLBACKS}[name]
     return getattr(transformers, kind)(**{**settings, **changes}, architectures=[model])

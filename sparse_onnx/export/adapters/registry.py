@@ -9,6 +9,7 @@ from torch import nn
 
 from sparse_onnx.export.adapters import (
     dbrx,
+    doge,
     jetmoe,
     llama4,
     longcat_flash,
@@ -21,6 +22,8 @@ from sparse_onnx.export.adapters import (
 
 _BY_CLASS: dict[str, Callable[[Any], nn.Module | None]] = {
     "DbrxFFN": dbrx.ffn,
+    "DogeCDMoE": doge.moe,
+    "DogeAttention": doge.attention,
     "JetMoeMoE": jetmoe.moe,
     "Llama4TextAttention": llama4.text_attention,
     "Llama4TextMoe": llama4.moe,

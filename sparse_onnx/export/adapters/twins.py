@@ -11,10 +11,16 @@ from typing import Any
 from torch import nn
 
 
-def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
-    """The same module, which computes `forward(module, ...)`."""
+def with_methods(module: nn.Module, **methods: Callable[..., Any]) -> nn.Module:
+    """The same module with these methods, each called with the module first.
+
+    Raises:
+        AttributeError: it has none of that name.
+    """
     twin = copy.copy(module)
-    vars(twin)["forward"] = types.MethodType(forward, twin)
+    for name, method in methods.items():
+        getattr(module, name)
+        vars(twin)[name] = types.MethodType(method, twin)
     return twin
 
 
@@ -35,4 +41,4 @@ def with_functions(module: nn.Module, **functions: Callable[..., Any]) -> nn.Mod
         forward.__closure__,
     )
     changed.__kwdefaults__ = forward.__kwdefaults__
-    return with_forward(module, changed)
+    return with_methods(module, forward=changed)

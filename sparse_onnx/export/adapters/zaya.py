@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_onnx.export.adapters.packed import PackedExperts
-from sparse_onnx.export.adapters.twins import with_forward
+from sparse_onnx.export.adapters.twins import with_methods
 
 
 def sparse_moe(module: Any) -> nn.Module:
@@ -38,7 +38,7 @@ class _SparseMoE(nn.Module):
 
 def projection(module: Any) -> nn.Module:
     """`ZayaCCAProjection`. Its `x[:, :-1]` makes torch.export take a sequence of 2 for another model."""
-    return with_forward(module, _project)
+    return with_methods(module, forward=_project)
 
 
 def _project(
