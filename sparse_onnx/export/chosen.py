@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_PARTS = (
+    *("gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"),
+    *("_apply_gate", "act_fn", "post_expert_norm"),
+)
 
 
 def on_chosen_rows(
@@ -53,6 +59,8 @@ def by_expert(module: nn.Module, tokens: Tensor, expert_index: Tensor, expert_we
     first, last = "gate_up_proj" if is_gated(module) else "up_proj", "down_proj"
     transposed = bool(getattr(module, "is_transposed", False))
     biased = bool(getattr(module, "has_bias", hasattr(module, f"{first}_bias")))
+    normed = getattr(module, "has_post_expert_norm", False)
+    after: Any = module.post_expert_norm if normed else lambda rows: rows
 
     def linear(name: str, expert: int, rows: Tensor) -> Tensor:
         weight = getattr(module, name)[expert]
@@ -60,8 +68,26 @@ def by_expert(module: nn.Module, tokens: Tensor, expert_index: Tensor, expert_we
         return product + getattr(module, f"{name}_bias")[expert] if biased else product
 
     def body(expert: int, rows: Tensor) -> Tensor:
-        return linear(last, expert, between(linear(first, expert, rows)))
+        return after(linear(last, expert, between(linear(first, expert, rows))))
 
     experts, *sizes = getattr(module, last).shape
     outputs = sizes[1 if transposed else 0]
     return on_chosen_rows(tokens, expert_index, expert_weight, experts=experts, outputs=outputs, body=body)
+
+
+def grouped_form(module: nn.Module, tokens: Tensor, expert_index: Tensor, expert_weight: Tensor) -> Tensor:
+    """The same by transformers' grouped products, for experts modules that its decorator does not know as well."""
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    first = "gate_up_proj" if is_gated(module) else "up_proj"
+    settings = types.SimpleNamespace(
+        num_experts=module.down_proj.shape[0],  # type: ignore[union-attr, operator]
+        has_gate=is_gated(module),
+        has_bias=bool(getattr(module, "has_bias", hasattr(module, f"{first}_bias"))),
+        is_transposed=bool(getattr(module, "is_transposed", False)),
+        has_post_expert_norm=bool(getattr(module, "has_post_expert_norm", False)),
+        # Indices of no expert are dropped then, as everywhere here.
+        _is_expert_parallel=not hasattr(module, "_is_expert_parallel"),
+        **{name: getattr(module, name) for name in _PARTS if hasattr(module, name)},
+    )
+    return grouped_mm_experts_forward(settings, tokens, expert_index, expert_weight)

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sparse_onnx.blocks import Activation, ExpertSpec, GateLayout, WeightLayout
 from sparse_onnx.export import gate
-from sparse_onnx.export.chosen import by_expert, is_gated
+from sparse_onnx.export.chosen import by_expert, grouped_form, is_gated
 
 _NAME = "sparse_onnx"
 #: Largest accepted error of the operator against the module, relative to the largest output. Half precision
@@ -250,24 +250,30 @@ def _call(module: nn.Module, spec: ExpertSpec, tokens: Tensor, index: Tensor, we
 
 
 @contextlib.contextmanager
-def hooked(experts: list[Experts]) -> Iterator[None]:
+def hooked(experts: list[Experts], *, grouped: bool = False) -> Iterator[None]:
     """Within the block the experts modules run as `sparse_onnx::moe`; those without a neutral form run in plain
-    operators, transformers' ones in its grouped form, where these give the same; none computes more than the chosen
-    experts then. The others run as they did."""
-    specs = {id(entry.module): entry.spec for entry in experts if entry.spec is not None}
+    operators where these give the same, and compute no more than the chosen experts then. The others run as they did.
+
+    Args:
+        experts: of one model.
+        grouped: whether plain operators are transformers' grouped form, which its own exporter can translate, and no
+            other.
+    """
+    modules = {id(entry.module): entry for entry in experts}
+    specs = {key: entry.spec for key, entry in modules.items() if entry.spec is not None}
 
     def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return _call(self, specs[id(self)], hidden_states, top_k_index, top_k_weights)
 
+    plain = grouped_form if grouped else by_expert
     with contextlib.ExitStack() as stack:
-        dispatched = [entry.module for entry in experts if _dispatched(entry.module)]
+        dispatched = {key: entry.module for key, entry in modules.items() if _dispatched(entry.module)}
         if dispatched:
-            stack.enter_context(_transformers_implementation(dispatched, forward, set(specs)))
-        for entry in {id(entry.module): entry for entry in experts}.values():
-            if entry.spec is not None and not _dispatched(entry.module):
-                stack.enter_context(_bound(entry.module, forward))
-            elif entry.plain:
-                stack.enter_context(_bound(entry.module, by_expert))
+            chosen = {key: forward if key in specs else plain for key in dispatched}
+            stack.enter_context(_transformers_implementation(list(dispatched.values()), chosen))
+        for key, entry in modules.items():
+            if key not in dispatched and (key in specs or entry.plain):
+                stack.enter_context(_bound(entry.module, forward if key in specs else plain))
         yield
 
 
@@ -294,13 +300,12 @@ def _bound(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _transformers_implementation(
-    modules: list[nn.Module], forward: Callable[..., Tensor], classified: set[int]
+    modules: list[nn.Module], chosen: Mapping[int, Callable[..., Tensor]]
 ) -> Iterator[None]:
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     def dispatch(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        chosen = forward if id(self) in classified else grouped_mm_experts_forward
-        return chosen(self, *args, **kwargs)
+        return chosen[id(self)](self, *args, **kwargs)
 
     configs: dict[int, Any] = {id(module.config): module.config for module in modules}
     before = [(config, config._experts_implementation) for config in configs.values()]

@@ -19,8 +19,8 @@ _BIAS_DEVIATION = 0.1
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
     """Fills every parameter in place: matrices with deviation 1/sqrt(fan_in), routers three times that,
-    embeddings 1, biases and what is zeros 0.1; scales of norms stay 1. Each value depends on the parameter's name alone, not on
-    the order."""
+    embeddings 1, biases and vectors of zeros 0.1; scales of norms stay 1. Each value depends on the parameter's name
+    alone, not on the order."""
     experts = {
         path.rpartition(".")[0]: module.down_proj.shape[0]
         for path, module in model.named_modules()

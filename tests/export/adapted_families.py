@@ -138,7 +138,7 @@ FALLBACKS: dict[str, tuple[str, str, dict[str, Any]]] = {
             **_DECODER,
             "head_dim": 8,
             "intermediate_size": 40,
-            "num_local_experts": 5,
+            "n_routed_experts": 5,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 24,
             "share_expert_dim": 20,
@@ -174,7 +174,7 @@ FALLBACKS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "is_moe": True,
             "num_experts": 25,
             "num_experts_per_tok": 4,
-            "keep_window_size": 6,
+            "keep_window_size": 64,
         },
     ),
 }

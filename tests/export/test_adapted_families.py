@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-from adapted_families import FAMILIES, config  # noqa: E402
+from adapted_families import FALLBACKS, FAMILIES, config  # noqa: E402
 
 import sparse_onnx  # noqa: E402
 from sparse_onnx import blocks  # noqa: E402
-from sparse_onnx.export import adapters, experts, hugging_face, samples, sources  # noqa: E402
+from sparse_onnx.export import adapters, experts, random_weights, samples, sources  # noqa: E402
 from sparse_onnx.graph import io  # noqa: E402
 
 EXPERTS = {"longcat": 5, "zaya": 4}
 #: Sparse layers; the encoder-decoders have one of two in each half.
 LAYERS = 2
-NO_NOTE = ("random weights", "sparse_onnx")
 
 
 def model(name: str, folder: Path, **changes: Any) -> sources.Source:
@@ -44,6 +44,100 @@ def test_each_sparse_layer_is_one_block(name: str, tmp_path: Path) -> None:
         assert record.name.endswith(".experts")
         weight = block.node.inputs[3]
         assert weight is not None and (weight.name or "").startswith(f"{record.name}.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "reason"), [("step3p7", "no neutral form"), ("muse_spark", "is normalised")]
+)
+def test_experts_without_neutral_form_are_exact(name: str, reason: str, tmp_path: Path) -> None:
+    config(name).save_pretrained(tmp_path / "model")
+    report = sparse_onnx.export(tmp_path / "model", tmp_path / "out.onnx", random_weights=True)
+    assert report.verify is not None and report.verify.max_rel_error is not None
+    assert report.verify.passed and report.verify.max_rel_error < 1e-5
+    assert report.blocks == []
+    assert sum(reason in note for note in report.notes) == LAYERS
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_plain_operators_answer_like_the_model(name: str, tmp_path: Path) -> None:
+    source = model(name, tmp_path)
+    adapted = adapters.adapt(source)
+    assert not any("does not fit" in note for note in adapted.notes)
+    # Equal tokens tie in Doge's product keys: the pairs (i, j) and (j, i) score the same, and topk takes any.
+    runs = [run for run in samples.untraced(source.interface) if name != "doge" or "one" not in run.name]
+    for grouped in (False, True):
+        with adapted.in_place(source) as replaced:
+            found = experts.find(replaced.module)
+            assert all(entry.spec is None for entry in found)
+            with experts.hooked(found, grouped=grouped):
+                actual = [outputs(replaced, run) for run in runs]
+        for run, answer in zip(runs, actual, strict=True):
+            np.testing.assert_allclose(answer, outputs(source, run), rtol=1e-4, atol=2e-5)
+
+
+class VitPose(torch.nn.Module):
+    """The backbone with its last features alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        settings = transformers.VitPoseBackboneConfig(
+            image_size=[32, 24],
+            patch_size=[8, 8],
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            mlp_ratio=2,
+            num_experts=5,
+            part_features=12,
+            out_indices=[-1],
+        )
+        self.backbone = transformers.VitPoseBackbone(settings).eval()
+        random_weights.fill(self.backbone)
+
+    def forward(self, pixel_values: torch.Tensor, dataset_index: torch.Tensor) -> torch.Tensor:
+        return self.backbone(pixel_values, dataset_index=dataset_index).feature_maps[0]
+
+
+def test_the_data_set_of_an_image_decides_its_expert(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "pixel_values": torch.randn(5, 3, 32, 24, generator=generator),
+        "dataset_index": torch.tensor([0, 4, 2, 1, 3]),
+    }
+    module = VitPose()
+    report = sparse_onnx.export((module, inputs), tmp_path / "out.onnx")
+    assert report.verify is not None and report.verify.max_rel_error is not None
+    assert report.verify.passed and report.verify.max_rel_error < 1e-5
+    assert any("each image gathers its own" in note for note in report.notes)
+    session = onnxruntime.InferenceSession(str(tmp_path / "out.onnx"), providers=["CPUExecutionProvider"])
+    inputs["dataset_index"] = torch.tensor([4, 3, 5, -1, 0])  # and data sets of no expert
+    (actual,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    np.testing.assert_allclose(actual, module(**inputs).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("export", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_rotary_embedding_of_llama4s_pictures(export: bool, tmp_path: Path) -> None:
+    settings = transformers.Llama4VisionConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        vision_output_dim=24,
+        image_size=8,
+        patch_size=2,
+        projector_input_dim=24,
+        projector_output_dim=24,
+    )
+    module = transformers.Llama4VisionModel(settings).eval()
+    random_weights.fill(module)
+    pixels = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    source = sources.of_objects((module, {"pixel_values": pixels}))
+    adapted = adapters.adapt(source)
+    assert [entry.path for entry in adapted.replaced] == [f"model.layers.{n}.self_attn" for n in range(2)]
+    if export:
+        report = sparse_onnx.export((module, {"pixel_values": pixels}), tmp_path / "out.onnx")
+        assert report.verify is not None and report.verify.passed
 
 
 @pytest.fixture(params=FAMILIES)
@@ -166,8 +260,3 @@ def test_llama4_with_a_bias_is_not_adapted(tmp_path: Path) -> None:
     moe.experts.register_parameter("bias", torch.nn.Parameter(torch.ones(3)))
     paths = [entry.path for entry in adapters.adapt(source).replaced]
     assert "model.layers.0.feed_forward" not in paths and "model.layers.1.feed_forward" in paths
-
-
-def test_hugging_face_loads_its_own_module(tmp_path: Path) -> None:
-    assert model("jetmoe", tmp_path).owned
-    assert hugging_face.load is not None

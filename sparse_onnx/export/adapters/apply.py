@@ -7,14 +7,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError, UsageError, VerificationError
 from sparse_onnx.export import samples
 from sparse_onnx.export.adapters import compare
 from sparse_onnx.export.adapters.packed import PackedExperts
-from sparse_onnx.export.adapters.registry import built_in
+from sparse_onnx.export.adapters.registry import built_in, remark
 from sparse_onnx.export.failure import root_line
 from sparse_onnx.export.sources import Source, users_code
 
@@ -91,7 +90,7 @@ def adapt(source: Source, given: Sequence[Named] = (), *, share: bool = False) -
     with trial.watching(source.module, None if given else ours):
         for run in (first, *samples.untraced(interface)[:1]):
             trial.run(source, run)
-    return Adapted(tuple(trial.kept.values()), tuple(_notes(trial, given)))
+    return Adapted(tuple(trial.kept.values()), tuple(_notes(source.module, trial, given)))
 
 
 class _Trial:
@@ -233,17 +232,17 @@ def _written(output: Any) -> str:
     )
 
 
-def _notes(trial: _Trial, given: Sequence[Named]) -> Iterator[str]:
+def _notes(model: nn.Module, trial: _Trial, given: Sequence[Named]) -> Iterator[str]:
     for path, reason in trial.refused.items():
         yield f"{path}: our adapter for this kind of module does not fit, and was not used: {reason}"
     for named in given:
         paths = [entry.path for entry in trial.kept.values() if entry.by == named.name]
         yield f"adapter {named.name}: {_listed(paths) if paths else 'replaced no module'}"
     by_note: dict[str, list[str]] = {}
-    for entry in trial.kept.values():
-        note = getattr(entry.replacement, "note", None)
+    noted = [(entry.path, getattr(entry.replacement, "note", None)) for entry in trial.kept.values()]
+    for path, note in (*noted, *((path, remark(module)) for path, module in model.named_modules())):
         if isinstance(note, str):
-            by_note.setdefault(note, []).append(entry.path)
+            by_note.setdefault(note, []).append(path)
     for note, paths in by_note.items():
         yield f"{_listed(paths)}: {note}"
 

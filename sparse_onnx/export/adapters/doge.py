@@ -15,7 +15,9 @@ def moe(module: Any) -> nn.Module:
     """`DogeCDMoE`. Its experts stay rows of embeddings, of which each token gathers its own: a block of thousands of
     experts would be slower than that."""
     twin = with_methods(module, forward=_mixture)
-    vars(twin)["note"] = "experts of one row each have no neutral form; each token gathers its own, operator by operator"
+    vars(twin)["note"] = (
+        "experts of one row each have no neutral form; each token gathers its own, operator by operator"
+    )
     return twin
 
 
@@ -50,13 +52,14 @@ def _dynamic_mask(
     keep_window_size: int = 2048,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """`[B, heads, queries, keys]`: scores of the best `keep_window_size` keys of each query, the least number elsewhere;
-    transformers' answer where there are no more keys than that, too."""
+    """`[B, heads, queries, keys]`: scores of the best `keep_window_size` keys of each query, the least number
+    elsewhere; transformers' answer where there are no more keys than that, too."""
     least = torch.finfo(hidden_states.dtype).min
     mask = dt_states[:, :, None, :].expand(-1, -1, hidden_states.shape[1], -1)
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:
             attention_mask = torch.where(attention_mask, 0.0, least).to(hidden_states.dtype)
         mask = mask.masked_fill(attention_mask[:, :, :, : mask.shape[-1]] != 0, least)
-    rank = mask.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    order = mask.sort(dim=-1, descending=True).indices
+    rank = order.sort(dim=-1).indices
     return mask.masked_fill(rank >= keep_window_size, least)

@@ -56,15 +56,15 @@ def vision_attention(module: Any) -> nn.Module:
     return with_functions(module, vision_apply_rotary_emb=_rotate_vision)
 
 
-def _rotate(query: Tensor, key: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """`[B, S, heads, d]` by complex `[B, S, d / 2]`."""
-    turn = torch.view_as_real(frequencies).unsqueeze(2)
-    return _turned(query, turn), _turned(key, turn)
+def _rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """`[B, S, heads, d]` by complex `[B, S, d / 2]`; named as transformers calls it."""
+    turn = torch.view_as_real(freqs_cis).unsqueeze(2)
+    return _turned(xq, turn), _turned(xk, turn)
 
 
-def _rotate_vision(query: Tensor, key: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def _rotate_vision(query: Tensor, key: Tensor, freqs_ci: Tensor) -> tuple[Tensor, Tensor]:
     """`[B, S, heads, d]` by complex `[S, 1, d / 2]`."""
-    turn = torch.view_as_real(frequencies).reshape(1, query.shape[1], 1, -1, 2)
+    turn = torch.view_as_real(freqs_ci).reshape(1, query.shape[1], 1, -1, 2)
     return _turned(query, turn), _turned(key, turn)
 
 

@@ -17,7 +17,11 @@ def sinusoidal(module: Any) -> nn.Module:
 class _Sinusoidal(nn.Module):
     def __init__(self, module: Any) -> None:
         super().__init__()
-        self.width, self.padding_idx, self.dtype = module.embedding_dim, module.padding_idx, module.weights.dtype
+        self.width, self.padding_idx, self.dtype = (
+            module.embedding_dim,
+            module.padding_idx,
+            module.weights.dtype,
+        )
         self.of_ids = module.create_position_ids_from_input_ids
         self.of_embeddings = module.create_position_ids_from_inputs_embeds
         half = self.width // 2

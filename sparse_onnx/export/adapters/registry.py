@@ -37,6 +37,16 @@ _BY_CLASS: dict[str, Callable[[Any], nn.Module | None]] = {
     "ZayaSparseMoeBlock": zaya.sparse_moe,
 }
 
+_REMARKS = {
+    "JetMoeMoA": "attention experts of one matrix each have no neutral form; exported operator by operator, each on "
+    "its own tokens",
+}
+
+
+def remark(module: nn.Module) -> str | None:
+    """What to know about a module that has no neutral form and needs no adapter."""
+    return next((_REMARKS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _REMARKS), None)
+
 
 def built_in(module: nn.Module) -> Callable[[Any], nn.Module | None] | None:
     """The adapter for a module of this class, or of a class derived from it."""
