@@ -66,7 +66,14 @@ def run(
     block_check.compare_blocks(path, found)
     if half is None or wide is None:
         record = check.compare(
-            path, source, found, plan, tolerance=TOLERANCES["float32"], program=traced.program, progress=say
+            path,
+            source,
+            found,
+            plan,
+            tolerance=TOLERANCES["float32"],
+            program=traced.program,
+            alongside=adapted.alongside if adapted.replaced else None,
+            progress=say,
         )
     else:
         record, half_notes = _check_half(source, found, traced, wide, path, folder, plan, half, say)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 
@@ -16,7 +17,7 @@ from adapted_families import FALLBACKS, FAMILIES, config  # noqa: E402
 
 import sparse_onnx  # noqa: E402
 from sparse_onnx import blocks  # noqa: E402
-from sparse_onnx.export import adapters, experts, random_weights, samples, sources  # noqa: E402
+from sparse_onnx.export import adapters, check, experts, random_weights, samples, sources  # noqa: E402
 from sparse_onnx.graph import io  # noqa: E402
 
 EXPERTS = {"longcat": 5, "zaya": 4}
@@ -260,3 +261,31 @@ def test_llama4_with_a_bias_is_not_adapted(tmp_path: Path) -> None:
     moe.experts.register_parameter("bias", torch.nn.Parameter(torch.ones(3)))
     paths = [entry.path for entry in adapters.adapt(source).replaced]
     assert "model.layers.0.feed_forward" not in paths and "model.layers.1.feed_forward" in paths
+
+
+@pytest.mark.parametrize(("apart", "passes"), [(3e-7, True), (1e-2, False)])
+def test_only_near_ties_of_a_replaced_module_are_left_out(apart: float, passes: bool, tmp_path: Path) -> None:
+    """Experts 1 and 2 score alike in the last layer, and the file has their router rows the other way round."""
+    source = model("jetmoe", tmp_path / "model")
+    name = "model.layers.1.mlp.router.layer.weight"
+    out, changed = tmp_path / "out.onnx", tmp_path / "tied.onnx"
+    sparse_onnx.export(tmp_path / "model", out, random_weights=True)
+    weight = source.module.get_parameter(name)
+    with torch.no_grad():
+        weight[2] = weight[1] * (1 + apart)
+    file = io.load(out)
+    file.graph.initializers[name].const_value = ir.tensor(weight.detach().numpy()[[0, 2, 1, 3, 4]], name=name)
+    io.save(file, changed)
+    adapted = adapters.adapt(source)
+    with adapted.in_place(source) as replaced:
+        found = experts.find(replaced.module)
+    sizes = {"batch": 16, "sequence": 1}
+    runs = [samples.Run("16x1", source.interface.draw(sizes), sizes)]
+    record = check.compare(changed, source, found, runs, tolerance=1e-4, alongside=adapted.alongside)
+    assert record.passed is passes
+    if passes:
+        assert 0 < record.tokens_left_out < 16
+        assert record.router_margin is not None and record.router_margin < 1e-5
+    else:
+        assert record.failure is not None and "chose other experts" in record.failure
+    assert not any(module._forward_pre_hooks for module in source.module.modules())

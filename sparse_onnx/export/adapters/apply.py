@@ -65,6 +65,22 @@ class Adapted:
             for parent, name, child in places:
                 parent._modules[name] = child
 
+    @contextlib.contextmanager
+    def alongside(self) -> Iterator[None]:
+        """Within the block each replacement also computes what its module is called with, so that its parts can be
+        watched; the model's answer stays its own."""
+        by_module = {id(entry.module): entry.replacement for entry in self.replaced}
+
+        def also(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            compare.answer(by_module[id(module)], (args, kwargs))
+
+        handles = [entry.module.register_forward_pre_hook(also, with_kwargs=True) for entry in self.replaced]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
 
 def adapt(source: Source, given: Sequence[Named] = (), *, share: bool = False) -> Adapted:
     """Tries the adapters on the model.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import inspect
 import types
@@ -9,6 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
 
 
 def with_methods(module: nn.Module, **methods: Callable[..., Any]) -> nn.Module:
@@ -18,6 +24,8 @@ def with_methods(module: nn.Module, **methods: Callable[..., Any]) -> nn.Module:
         AttributeError: it has none of that name.
     """
     twin = copy.copy(module)
+    for name in _HOOKS:  # those that watch the module would watch the twin
+        vars(twin)[name] = collections.OrderedDict()
     for name, method in methods.items():
         getattr(module, name)
         vars(twin)[name] = types.MethodType(method, twin)
