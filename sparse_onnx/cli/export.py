@@ -29,6 +29,13 @@ from sparse_onnx.cli.output import Output
     "--trust-remote-code", is_flag=True, help="Run the Python code that comes with a Hugging Face model."
 )
 @click.option("--allow-pickle", is_flag=True, help="Load weights from pickle files, which can run code.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="FILE.py:NAME",
+    help="A function that teaches it an unknown mixture-of-experts module. This RUNS FILE.py. Repeatable.",
+)
 @options.reporting
 def command(
     source: str,
@@ -39,6 +46,7 @@ def command(
     opset: int | None,
     trust_remote_code: bool,
     allow_pickle: bool,
+    adapters: tuple[str, ...],
     output: Output,
 ) -> None:
     """PyTorch -> ONNX with the sparse blocks whole.
@@ -46,7 +54,8 @@ def command(
     SOURCE is a local Hugging Face model folder, a hub id, zoo:NAME, FILE.py:NAME or package.module:NAME (an
     nn.Module, or a function that returns one and its sample inputs).
 
-    FILE.py:NAME and package.module:NAME RUN THE USER'S CODE: it is imported as Python, with your rights.
+    FILE.py:NAME and package.module:NAME, as SOURCE and as --adapter, RUN THE USER'S CODE: it is imported as Python,
+    with your rights.
 
     The result is run in ONNX Runtime against PyTorch on inputs that were not traced, and refused (exit code
     4, nothing written) where it differs.
@@ -63,6 +72,7 @@ def command(
             past=past,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
+            adapters=adapters,
             progress=progress,
             **settings,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ def export(
     past: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    adapters: Sequence[str | os.PathLike[str] | Callable[[nn.Module], nn.Module | None]] = (),
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Exports a torch model. Each mixture-of-experts block arrives as one `sparse_onnx::MoE` node.
@@ -52,6 +53,9 @@ def export(
             `docs/generation.md`.
         trust_remote_code: run Python code that comes with a Hugging Face model.
         allow_pickle: load weights from pickles, which can run code.
+        adapters: teach it unknown mixture-of-experts modules: functions that get a module and give another one
+            that computes the same and calls `PackedExperts`, or None; or ``FILE.py:NAME`` of such a function - THIS
+            RUNS THAT CODE. Each replacement is compared with its module before it is used. See docs/adapters.md.
         progress: called with a line at each step.
 
     Returns:
@@ -62,7 +66,7 @@ def export(
         ModelError: the source is missing, unreadable or unsafe.
         OutsideError: the source's own code raised, or the disk is full.
         ImpossibleError: torch cannot export it, or the trace holds for some sizes only.
-        VerificationError: ORT's answers differ from torch's. Nothing was written.
+        VerificationError: ORT's answers differ from torch's, or an adapter's from its module's. Nothing was written.
     """
     out = Path(out)
     if not out.parent.is_dir() or out.is_dir():
@@ -79,6 +83,7 @@ def export(
     import torch
 
     from sparse_onnx.export import pipeline, settings, sources
+    from sparse_onnx.export.adapters import user
     from sparse_onnx.export.failure import terminable
 
     say = progress or (lambda text: None)
@@ -100,6 +105,7 @@ def export(
             from sparse_onnx.export.past import with_past
 
             loaded = with_past(loaded)
+        given_adapters = user.load(adapters, source)
         try:
             scratch = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
         except OSError as error:
@@ -108,7 +114,7 @@ def export(
                 f"the output's folder cannot be written to: {reason}", where=str(out.parent)
             ) from error
         with scratch as folder:
-            return pipeline.run(loaded, out, Path(folder), opset=opset, say=say)
+            return pipeline.run(loaded, out, Path(folder), opset=opset, say=say, given=given_adapters)
 
 
 def _require_torch() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,7 @@ def compare(
     *,
     tolerance: float,
     program: Callable[..., Any] | None = None,
+    alongside: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> VerifyRecord:
     """Runs both on every input and compares all outputs.
@@ -76,6 +79,7 @@ def compare(
         runs: the inputs.
         tolerance: largest accepted error relative to the largest magnitude of an output.
         program: the traced program in torch; an assertion of it that fails is one that the file lacks.
+        alongside: has experts modules of `found` that are no part of the source run beside it.
         progress: called with a line a run.
 
     Raises:
@@ -95,7 +99,11 @@ def compare(
         actual = sessions.run(session, feeds, path.name)
         if failure is None and not any(np.isfinite(value).any() for value in expected):
             failure = f"input {run.name}: torch itself answers without any finite value, so that nothing is compared"
-        worst, routed = _worst(run, expected, actual, tolerance), _tokens(chosen)
+        worst = _worst(run, expected, actual, tolerance)
+        if not worst.within and alongside is not None:
+            with _recorded(found) as chosen, alongside(), users_code(source.name):
+                source.forward(run.inputs)
+        routed = _tokens(chosen) or math.prod(expected[0].shape[: max(1, expected[0].ndim - 1)])
         tokens += routed
         if not worst.within and chosen:
             batch = expected[0].shape[0] if expected[0].ndim else 1
@@ -141,10 +149,13 @@ def _run_program(program: Callable[..., Any], run: Run) -> None:
 
 @contextlib.contextmanager
 def _recorded(found: Sequence[Experts]) -> Iterator[dict[str, np.ndarray]]:
-    """The indices `[T, K]` that each experts module is called with, by its path."""
+    """The indices `[T, K]` that each experts module is called with, by its path; not of one in several places."""
     chosen: dict[str, np.ndarray] = {}
     handles = []
+    places = collections.Counter(id(entry.module) for entry in found)
     for entry in found:
+        if places[id(entry.module)] > 1:
+            continue
 
         def note(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = entry.path

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from sparse_onnx.blocks import Activation, ExpertSpec, GateLayout, WeightLayout
 from sparse_onnx.export import gate
+from sparse_onnx.export.chosen import by_expert, grouped_form, is_gated
 
 _NAME = "sparse_onnx"
 #: Largest accepted error of the operator against the module, relative to the largest output. Half precision
@@ -92,18 +94,34 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, expert: int, spec
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """One experts module and its neutral form; `spec` None means that it keeps its own forward, and `reason`
-    why."""
+    """One experts module and its neutral form; `spec` None means that it has none, and `reason` why.
+
+    `plain`: it is computed expert by expert in plain operators then, on the rows that chose each; else it keeps its
+    own forward.
+    """
 
     path: str
     module: nn.Module
     spec: ExpertSpec | None
     reason: str = ""
+    plain: bool = False
+
+
+def is_part(model: nn.Module, entry: Experts) -> bool:
+    """Whether the experts module is the model's own, and not one that an adapter put in its place."""
+    return dict(model.named_modules()).get(entry.path) is entry.module
 
 
 def find(model: nn.Module) -> list[Experts]:
-    """All experts modules of the model, each tried. Call it before the model's forward is touched."""
-    return [_recognise(path, module) for path, module in model.named_modules() if _is_experts(module)]
+    """All experts modules of the model, each tried; one in several places is there once for each. Call it before the
+    model's forward is touched."""
+    found: dict[int, Experts] = {}
+    entries = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if _is_experts(module):
+            known = found.get(id(module)) or found.setdefault(id(module), _recognise(path, module))
+            entries.append(dataclasses.replace(known, path=path))
+    return entries
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -117,32 +135,29 @@ def _recognise(path: str, module: nn.Module) -> Experts:
         return Experts(path, module, None, "each expert's output is normalised")
     if getattr(module, "_is_expert_parallel", False):
         return Experts(path, module, None, "its experts are distributed over processes")
-    gated = _gated(module)
+    gated = is_gated(module)
     function = getattr(module, "_apply_gate", None) if gated else getattr(module, "act_fn", None)
     if function is None:
         return Experts(path, module, None, f"it has no {'_apply_gate' if gated else 'act_fn'}")
     layout = WeightLayout.IN_OUT if getattr(module, "is_transposed", False) else WeightLayout.OUT_IN
     spec = gate.classify(function, gated, layout)
     if spec is None:
-        return Experts(path, module, None, "its gate has no neutral form")
-    if not _agrees(module, spec):
+        plain = not _dispatched(module) and _agrees(module, functools.partial(by_expert, module))
+        return Experts(path, module, None, "its gate has no neutral form", plain)
+    if not _agrees(module, functools.partial(_call, module, spec)):
         return Experts(path, module, None, "it computes something else than its weights and gate say")
     return Experts(path, module, spec)
 
 
-def _gated(module: nn.Module) -> bool:
-    return bool(getattr(module, "has_gate", hasattr(module, "gate_up_proj")))
-
-
 @torch.no_grad()
-def _agrees(module: nn.Module, spec: ExpertSpec) -> bool:
-    """Whether the operator gives the module's own answer for every expert."""
+def _agrees(module: nn.Module, candidate: Callable[..., Tensor]) -> bool:
+    """Whether the candidate gives the module's own answer for every expert."""
     for values in probes(module):
         try:
             expected = module(*values)
         except Exception:  # whatever it raises: it is not called like this
             return False
-        if not isinstance(expected, Tensor) or not same_rows(expected, _call(module, spec, *values)):
+        if not isinstance(expected, Tensor) or not same_rows(expected, candidate(*values)):
             return False
     return True
 
@@ -171,11 +186,25 @@ def same_rows(expected: Tensor, actual: Tensor) -> bool:
     no expert hides behind a larger one."""
     if expected.shape != actual.shape:
         return False
-    tolerance = _TOLERANCE.get(expected.dtype, 0.0)
+    return row_error(expected, actual) <= tolerance(expected.dtype)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest accepted `row_error` of another computation in this type."""
+    return _TOLERANCE.get(dtype, 0.0)
+
+
+def row_error(expected: Tensor, actual: Tensor) -> float:
+    """The largest error of `[T, D]`, relative to the largest magnitude of its row; infinite where one side has no
+    number and the other has."""
+    if not expected.numel():
+        return 0.0
     expected, actual = expected.double(), actual.double()
-    scale = expected.abs().amax(-1)
-    error = (actual - expected).abs().amax(-1)
-    return bool((error <= tolerance * scale.clamp(min=float(scale.median()) * _LEAST_SCALE)).all())
+    scale = torch.where(expected.isfinite(), expected.abs(), 0.0).amax(-1)
+    error = torch.where(expected == actual, 0.0, (actual - expected).abs()).amax(-1)
+    error = torch.where(expected.isnan().any(-1) & (expected.isnan() == actual.isnan()).all(-1), 0.0, error)
+    ratio = error / scale.clamp(min=float(scale.median()) * _LEAST_SCALE)
+    return float(torch.where(error == 0, 0.0, ratio).nan_to_num(nan=float("inf")).max())
 
 
 @torch.no_grad()
@@ -221,21 +250,30 @@ def _call(module: nn.Module, spec: ExpertSpec, tokens: Tensor, index: Tensor, we
 
 
 @contextlib.contextmanager
-def hooked(experts: list[Experts]) -> Iterator[None]:
-    """Within the block the experts modules run as `sparse_onnx::moe`; those without a neutral form run as
-    they did, transformers' ones in its grouped form, which computes no more than the chosen experts."""
-    specs = {id(entry.module): entry.spec for entry in experts if entry.spec is not None}
+def hooked(experts: list[Experts], *, grouped: bool = False) -> Iterator[None]:
+    """Within the block the experts modules run as `sparse_onnx::moe`; those without a neutral form run in plain
+    operators where these give the same, and compute no more than the chosen experts then. The others run as they did.
+
+    Args:
+        experts: of one model.
+        grouped: whether plain operators are transformers' grouped form, which its own exporter can translate, and no
+            other.
+    """
+    modules = {id(entry.module): entry for entry in experts}
+    specs = {key: entry.spec for key, entry in modules.items() if entry.spec is not None}
 
     def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return _call(self, specs[id(self)], hidden_states, top_k_index, top_k_weights)
 
+    plain = grouped_form if grouped else by_expert
     with contextlib.ExitStack() as stack:
-        dispatched = [entry.module for entry in experts if _dispatched(entry.module)]
+        dispatched = {key: entry.module for key, entry in modules.items() if _dispatched(entry.module)}
         if dispatched:
-            stack.enter_context(_transformers_implementation(dispatched, forward, set(specs)))
-        for entry in experts:
-            if entry.spec is not None and not _dispatched(entry.module):
-                stack.enter_context(_bound(entry.module, forward))
+            chosen = {key: forward if key in specs else plain for key in dispatched}
+            stack.enter_context(_transformers_implementation(list(dispatched.values()), chosen))
+        for key, entry in modules.items():
+            if key not in dispatched and (key in specs or entry.plain):
+                stack.enter_context(_bound(entry.module, forward if key in specs else plain))
         yield
 
 
@@ -262,13 +300,12 @@ def _bound(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _transformers_implementation(
-    modules: list[nn.Module], forward: Callable[..., Tensor], classified: set[int]
+    modules: list[nn.Module], chosen: Mapping[int, Callable[..., Tensor]]
 ) -> Iterator[None]:
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     def dispatch(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        chosen = forward if id(self) in classified else grouped_mm_experts_forward
-        return chosen(self, *args, **kwargs)
+        return chosen[id(self)](self, *args, **kwargs)
 
     configs: dict[int, Any] = {id(module.config): module.config for module in modules}
     before = [(config, config._experts_implementation) for config in configs.values()]

@@ -49,6 +49,7 @@ def load(
     if os.path.isdir(source):
         _check_folder(Path(source), random_weights, allow_pickle)
     config = _load(source, transformers.AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    _complete_configuration(config)
     chosen = _model_class(config)
     is_auto = not issubclass(chosen, transformers.PreTrainedModel)
     # Never left out: without it transformers asks on the terminal, and waits.
@@ -81,6 +82,14 @@ def load(
     model = model.eval()
     _only_logits(model)
     return model, _interface(source, model), notes
+
+
+def _complete_configuration(config: Any) -> None:
+    """What transformers' own classes read and its configuration lacks: DBRX's attention keeps a `rope_theta`, which it
+    does not use."""
+    attention = getattr(config, "attn_config", None)
+    if getattr(config, "model_type", "") == "dbrx" and not hasattr(attention, "rope_theta"):
+        attention.rope_theta = (config.rope_parameters or {}).get("rope_theta")
 
 
 def _complete(source: str, loaded: Mapping[str, Any]) -> tuple[str, ...]:

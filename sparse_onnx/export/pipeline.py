@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ import torch
 from sparse_onnx import blocks
 from sparse_onnx.core.errors import ModelError, VerificationError
 from sparse_onnx.core.report import Report, VerifyRecord
-from sparse_onnx.export import block_check, check, experts, past, planning, samples, trace, translate, twin
+from sparse_onnx.export import (
+    adapters,
+    block_check,
+    check,
+    experts,
+    past,
+    planning,
+    samples,
+    trace,
+    translate,
+    twin,
+)
 from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.sources import Source, leaves
 from sparse_onnx.graph import io, stats
@@ -24,18 +36,29 @@ from sparse_onnx.targets import session as sessions
 from sparse_onnx.verify.compare import TOLERANCES
 
 
-def run(source: Source, out: Path, folder: Path, *, opset: int, say: Callable[[str], None]) -> Report:
-    """Traces, checks, and puts the result at `out`; `folder` is scratch space on the same file system.
+def run(
+    source: Source,
+    out: Path,
+    folder: Path,
+    *,
+    opset: int,
+    say: Callable[[str], None],
+    given: Sequence[adapters.Named] = (),
+) -> Report:
+    """Traces, checks, and puts the result at `out`; `folder` is scratch space on the same file system, `given` the
+    user's adapters.
 
     Raises:
         ImpossibleError, VerificationError: as `sparse_onnx.export` says; nothing is at `out` then.
     """
     say("finding experts")
-    found = experts.find(source.module)
-    notes = [*source.notes, *_about(found)]
-    say("tracing")
-    trace_of = past.trace_with_past if isinstance(source, past.PastSource) else trace.trace
-    traced = trace_of(source, found, opset)
+    adapted = adapters.adapt(source, given, share=source.owned)
+    with adapted.in_place(source) as replaced:
+        found = experts.find(replaced.module)
+        notes = [*source.notes, *adapted.notes, *_about(found)]
+        say("tracing")
+        trace_of = past.trace_with_past if isinstance(source, past.PastSource) else trace.trace
+        traced = trace_of(replaced, found, opset)
     plan, plan_notes = planning.plan(source, traced.assumptions)
     notes += plan_notes
     half = _half(source)
@@ -46,7 +69,10 @@ def run(source: Source, out: Path, folder: Path, *, opset: int, say: Callable[[s
     say("comparing each expert")
     block_check.compare_blocks(path, found)
     if half is None or wide is None:
-        record = _compare(path, source, found, plan, TOLERANCES["float32"], say, traced.program)
+        alongside = adapted.alongside if adapted.replaced else None
+        record = _compare(
+            path, source, found, plan, TOLERANCES["float32"], say, program=traced.program, alongside=alongside
+        )
     else:
         record, half_notes = _check_half(source, found, traced, wide, path, folder, plan, half, say)
         notes += half_notes
@@ -73,9 +99,13 @@ def _compare(
     plan: list[samples.Run],
     tolerance: float,
     say: Callable[[str], None],
+    *,
     program: Callable[..., Any] | None = None,
+    alongside: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
 ) -> VerifyRecord:
-    record = check.compare(path, source, found, plan, tolerance=tolerance, program=program, progress=say)
+    record = check.compare(
+        path, source, found, plan, tolerance=tolerance, program=program, alongside=alongside, progress=say
+    )
     if isinstance(source, past.PastSource):
         record = past.check_generation(record, path, source, found, tolerance=tolerance, progress=say)
     return record
@@ -130,8 +160,11 @@ def _check_half(
     twin_path = _finished(wide, traced.symbols, found, folder / f"float32.{path.name}")
     widened = source.widened()
     wide_plan, _ = planning.plan(widened, traced.assumptions)
+    parts = dict(widened.module.named_modules())
     wide_found = [
-        dataclasses.replace(entry, module=widened.module.get_submodule(entry.path)) for entry in found
+        dataclasses.replace(entry, module=parts[entry.path])
+        for entry in found
+        if experts.is_part(source.module, entry)
     ]
     # Constants that the program makes in its own type are rounded in the graph, and are not in the module.
     tolerance = TOLERANCES[half] / 10

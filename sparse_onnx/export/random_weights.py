@@ -19,8 +19,8 @@ _BIAS_DEVIATION = 0.1
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
     """Fills every parameter in place: matrices with deviation 1/sqrt(fan_in), routers three times that,
-    embeddings 1, biases 0.1; scales of norms stay 1. Each value depends on the parameter's name alone, not on
-    the order."""
+    embeddings 1, biases and vectors of zeros 0.1; scales of norms stay 1. Each value depends on the parameter's name
+    alone, not on the order."""
     experts = {
         path.rpartition(".")[0]: module.down_proj.shape[0]
         for path, module in model.named_modules()
@@ -33,24 +33,34 @@ def fill(model: nn.Module) -> None:
             deviation = _deviation(name, parameter, transposed)
             if id(parameter) in embeddings:
                 deviation = 1.0
-            elif parameter.dim() == 2 and parameter.shape[0] == _sibling_experts(path, experts):
+            elif parameter.dim() == 2 and (
+                parameter.shape[0] == _sibling_experts(path, experts) or _is_router(path, parameter)
+            ):
                 deviation = ROUTER_SCALE * parameter.shape[1] ** -0.5
             if deviation:
                 _normal(f"{path}.{name}", parameter, deviation)
         for name, buffer in module.named_buffers(recurse=False):
-            if name.endswith(
-                "correction_bias"
-            ):  # of DeepSeek's routers: zeros would not tell whether it is added
+            # Of routers: zeros would not tell whether they are added.
+            if name.endswith(("correction_bias", "balancing_biases")):
                 _normal(f"{path}.{name}", buffer, _BIAS_DEVIATION)
 
 
 def _deviation(name: str, parameter: Tensor, transposed: bool) -> float:
-    """0 for what stays as it is."""
+    """0 for what stays as it is: ones. Of zeros nobody can tell whether they are used."""
+    if parameter.dim() == 1 and not parameter.any():
+        return _BIAS_DEVIATION
     if parameter.dim() >= 3 and not name.endswith("bias"):
         return float(parameter.shape[-2 if transposed else -1]) ** -0.5
     if name.endswith("bias"):
         return _BIAS_DEVIATION
     return float(parameter.shape[-1]) ** -0.5 if parameter.dim() == 2 else 0.0
+
+
+def _is_router(path: str, weight: Tensor) -> bool:
+    """Whether a matrix belongs to what is called a router; one that keeps the width is inside a router's own network,
+    and not what scores."""
+    named = any(part.startswith("router") for part in path.split("."))
+    return named and weight.shape[0] != weight.shape[1]
 
 
 def _sibling_experts(path: str, experts: dict[str, int]) -> int | None:

@@ -27,7 +27,7 @@ from sparse_onnx.export import experts, settings
 from sparse_onnx.export.failure import Terminated
 from sparse_onnx.export.samples import Interface, interface_of
 
-_OBJECT = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_]\w*)")
+OBJECT = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_]\w*)")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CONTRACT = "NAME is a function or class that gives (module, inputs) or (module, inputs, dynamic_axes)"
@@ -43,6 +43,7 @@ class Source:
     interface: Interface
     is_transformers: bool = False
     notes: tuple[str, ...] = ()
+    owned: bool = False  #: whether nobody else has the module, so that its weights may be moved
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Any:
         """What the module itself returns, untouched by the export."""
@@ -91,7 +92,7 @@ def resolve(
         return _hugging_face(source, random_weights, dtype, trust_remote_code, allow_pickle)
     if source.startswith("zoo:"):
         found = _from_zoo(source.removeprefix("zoo:"))
-    elif (match := _OBJECT.fullmatch(source)) and (
+    elif (match := OBJECT.fullmatch(source)) and (
         match["place"].endswith(".py") or _MODULE.fullmatch(match["place"])
     ):
         found = _from_code(match["place"], match["name"])
@@ -139,7 +140,7 @@ def _hugging_face(
         allow_pickle=allow_pickle,
     )
     experts.make_callable(module)
-    return Source(source, module, interface, is_transformers=True, notes=notes)
+    return Source(source, module, interface, is_transformers=True, notes=notes, owned=True)
 
 
 def _from_zoo(name: str) -> tuple[Any, ...]:
@@ -151,25 +152,41 @@ def _from_zoo(name: str) -> tuple[Any, ...]:
 
 def _from_code(place: str, name: str) -> Any:
     """The object, called if it can be: this runs the user's code."""
-    if place.endswith(".py") and not os.path.isfile(place):
-        raise ModelError("no such file", "check the path", where=place)
-    with users_code(f"{place}:{name}"):
-        module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    if not hasattr(module, name):
-        names = [key for key in vars(module) if not key.startswith("_")]
-        close = difflib.get_close_matches(name, names, n=1)
-        raise UsageError(
-            f"it has no '{name}'", f"did you mean '{close[0]}'?" if close else _CONTRACT, where=place
-        )
-    found = getattr(module, name)
+    found = imported(place, name, _CONTRACT)
     if callable(found) and not isinstance(found, nn.Module):
         with users_code(f"{place}:{name}"):
             found = found()
     return found
 
 
+def imported(place: str, name: str, contract: str, what: str = "the source") -> Any:
+    """The object of that name in a Python file or module, which is run.
+
+    Raises:
+        ModelError: no such file.
+        UsageError: no such module, or nothing of that name in it; `contract` says what is wanted.
+        OutsideError: the code raises.
+    """
+    if place.endswith(".py") and not os.path.isfile(place):
+        raise ModelError("no such file", "check the path", where=place)
+    with users_code(f"{place}:{name}", what):
+        module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    if not hasattr(module, name):
+        names = [key for key in vars(module) if not key.startswith("_")]
+        close = difflib.get_close_matches(name, names, n=1)
+        raise UsageError(
+            f"it has no '{name}'", f"did you mean '{close[0]}'?" if close else contract, where=place
+        )
+    return getattr(module, name)
+
+
+def module_key(path: Path) -> str:
+    """What a Python file is called in `sys.modules`."""
+    return f"_sparse_onnx_source_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+
+
 def _import_file(path: Path) -> types.ModuleType:
-    key = f"_sparse_onnx_source_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    key = module_key(path)
     spec = importlib.util.spec_from_file_location(key, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -202,7 +219,7 @@ def _first_on_path(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def users_code(where: str) -> Iterator[None]:
+def users_code(where: str, what: str = "the source") -> Iterator[None]:
     """What the user's code raises, as one line: type, message, and the place in their code. What it prints
     goes to standard error: standard output may be our JSON."""
     try:
@@ -214,7 +231,7 @@ def users_code(where: str) -> Iterator[None]:
         message = " ".join(str(error).split())[:300]
         text = f"{type(error).__name__}: {message}" if message else type(error).__name__
         raise OutsideError(
-            f"the source raised {text}{_place(error)}", "--debug shows all of it", where=where
+            f"{what} raised {text}{_place(error)}", "--debug shows all of it", where=where
         ) from error
 
 

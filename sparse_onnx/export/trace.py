@@ -55,7 +55,7 @@ def trace(source: Source, found: list[experts.Experts], opset: int) -> Traced:
         }
         for name, spec in source.interface.inputs.items()
     }
-    with translate.quiet(), experts.hooked(found), _refused():
+    with translate.quiet(), experts.hooked(found, grouped=source.is_transformers), _refused():
         if source.is_transformers:
             return _trace_transformers(source, inputs, shapes, opset)
         return _trace_module(source, inputs, shapes, opset)
