@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -24,6 +25,18 @@ from sparse_onnx.cli.output import Output
     "--trust-remote-code", is_flag=True, help="Run the Python code that comes with a Hugging Face model."
 )
 @click.option("--allow-pickle", is_flag=True, help="Load weights from pickle files, which can run code.")
+@click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Export without loading the weights of a folder of safetensors; default: if they would not fit into memory.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["copy", "link"]),
+    default="copy",
+    show_default=True,
+    help="link: what the checkpoint stores as the graph wants it stays there, beside or below OUT.",
+)
 @options.reporting
 def command(
     source: str,
@@ -33,6 +46,8 @@ def command(
     opset: int | None,
     trust_remote_code: bool,
     allow_pickle: bool,
+    stream: bool | None,
+    weights: Literal["copy", "link"],
     output: Output,
 ) -> None:
     """PyTorch -> ONNX with the sparse blocks whole.
@@ -56,6 +71,8 @@ def command(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
+            stream=stream,
+            weights=weights,
             progress=progress,
             **settings,
         )

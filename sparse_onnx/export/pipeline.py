@@ -15,6 +15,7 @@ from sparse_onnx import blocks
 from sparse_onnx.core.errors import ModelError, VerificationError
 from sparse_onnx.core.report import Report, VerifyRecord
 from sparse_onnx.export import block_check, check, experts, planning, samples, trace, translate, twin
+from sparse_onnx.export.checkpoint.stored import is_stored
 from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.sources import Source, leaves
 from sparse_onnx.graph import io, stats
@@ -23,8 +24,11 @@ from sparse_onnx.targets import session as sessions
 from sparse_onnx.verify.compare import TOLERANCES
 
 
-def run(source: Source, out: Path, folder: Path, *, opset: int, say: Callable[[str], None]) -> Report:
+def run(
+    source: Source, out: Path, folder: Path, *, opset: int, say: Callable[[str], None], link: bool = False
+) -> Report:
     """Traces, checks, and puts the result at `out`; `folder` is scratch space on the same file system.
+    `link`: weights that a checkpoint stores as the graph wants them stay in its files.
 
     Raises:
         ImpossibleError, VerificationError: as `sparse_onnx.export` says; nothing is at `out` then.
@@ -33,6 +37,10 @@ def run(source: Source, out: Path, folder: Path, *, opset: int, say: Callable[[s
     found = experts.find(source.module)
     notes = [*source.notes, *_about(found)]
     say("tracing")
+    if is_stored(source.module):
+        from sparse_onnx.export.checkpoint import streamed  # which uses the steps below
+
+        return streamed.run(source, found, notes, out, folder, opset=opset, link=link, say=say)
     traced = trace.trace(source, found, opset)
     plan, plan_notes = planning.plan(source, traced.assumptions)
     notes += plan_notes
@@ -86,15 +94,25 @@ def _half(source: Source) -> str | None:
 
 def _finished(model: ir.Model, symbols: Mapping[str, str], found: list[experts.Experts], path: Path) -> Path:
     """Tidied, labelled, in neutral form with its functions, valid and on disk."""
+    neutral(model, symbols, found)
+    io.save(model, path)
+    check_valid(path)
+    return path
+
+
+def neutral(model: ir.Model, symbols: Mapping[str, str], found: list[experts.Experts]) -> None:
+    """Tidied, labelled, in neutral form with its functions, in place."""
     translate.tidy(model)
     translate.label(model, symbols, found)
     blocks.attach_functions(model)
-    io.save(model, path)
+
+
+def check_valid(path: Path) -> None:
+    """Raises ModelError for a file that onnx's checker refuses."""
     try:
         onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ModelError(f"the exported graph is invalid: {first_line(error)}") from error
-    return path
 
 
 def _check_half(
