@@ -21,7 +21,7 @@ from sparse_onnx.targets import session as sessions
 from sparse_onnx.verify.extract import sources
 
 #: Weights of one segment, in bytes as they are computed with; a single weight may be larger.
-SEGMENT_BYTES = 192 << 20
+SEGMENT_BYTES = 64 << 20
 #: Smaller constants stay in the graph: operators that need one while the session is created are given one.
 _SMALL = 1 << 16
 
@@ -112,10 +112,7 @@ class Segmented:
             chosen = hit[start : start + step] if len(hit) else np.zeros(1, index.dtype)
             position = np.searchsorted(chosen, index).clip(max=len(chosen) - 1)
             own = np.where(chosen[position] == index, position, len(chosen)).astype(index.dtype)
-            arrays = {
-                name: np.stack([read_array(slice_first_axis(tensor, int(at), name)) for at in chosen])
-                for name, tensor in weights.items()
-            }
+            arrays = {name: _of_experts(tensor, chosen) for name, tensor in weights.items()}
             part = self._moe(block, [tokens, own, weight, *arrays.values()])
             total = part if total is None else total + part
         assert total is not None
@@ -141,6 +138,16 @@ class Segmented:
             model = ir.Model(graph, ir_version=self.model.ir_version, functions=list(self.model.functions.values()))
             self._sessions[key] = sessions.create_session(model, threads=self.threads)
         return sessions.run(self._sessions[key], dict(zip(names, arrays, strict=True)))[0]  # type: ignore[arg-type]
+
+
+def _of_experts(tensor: ir.TensorProtocol, chosen: np.ndarray) -> np.ndarray:
+    slices = [slice_first_axis(tensor, int(at), tensor.name or "") for at in chosen]
+    if len(slices) == 1:
+        return read_array(slices[0])[None]
+    array = np.empty((len(slices), *tensor.shape.numpy()[1:]), tensor.dtype.numpy())
+    for target, each in zip(array, slices, strict=True):
+        target[...] = read_array(each)
+    return array
 
 
 def _cut(graph: ir.Graph) -> Iterator[_Segment]:
