@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -101,9 +102,12 @@ class Experts:
     reason: str = ""
 
 
-def find(model: nn.Module) -> list[Experts]:
-    """All experts modules of the model, each tried. Call it before the model's forward is touched."""
-    return [_recognise(path, module) for path, module in model.named_modules() if _is_experts(module)]
+def find(model: nn.Module, groups: int | None = None) -> list[Experts]:
+    """All experts modules of the model, each tried. Call it before the model's forward is touched.
+
+    `groups`: of experts that are tried of each module; None for all of them.
+    """
+    return [_recognise(path, module, groups) for path, module in model.named_modules() if _is_experts(module)]
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -112,7 +116,7 @@ def _is_experts(module: nn.Module) -> bool:
     return all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in _weights(module))
 
 
-def _recognise(path: str, module: nn.Module) -> Experts:
+def _recognise(path: str, module: nn.Module, groups: int | None) -> Experts:
     if getattr(module, "has_post_expert_norm", False):
         return Experts(path, module, None, "each expert's output is normalised")
     if getattr(module, "_is_expert_parallel", False):
@@ -125,7 +129,7 @@ def _recognise(path: str, module: nn.Module) -> Experts:
     spec = gate.classify(function, gated, layout)
     if spec is None:
         return Experts(path, module, None, "its gate has no neutral form")
-    if not _agrees(module, spec):
+    if not _agrees(module, spec, groups):
         return Experts(path, module, None, "it computes something else than its weights and gate say")
     return Experts(path, module, spec)
 
@@ -135,9 +139,9 @@ def _gated(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _agrees(module: nn.Module, spec: ExpertSpec) -> bool:
-    """Whether the operator gives the module's own answer for every expert."""
-    for values in probes(module):
+def _agrees(module: nn.Module, spec: ExpertSpec, groups: int | None) -> bool:
+    """Whether the operator gives the module's own answer for every expert, or for the first groups of them."""
+    for values in itertools.islice(probes(module), groups):
         try:
             expected = module(*values)
         except Exception:  # whatever it raises: it is not called like this

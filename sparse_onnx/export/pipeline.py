@@ -34,10 +34,12 @@ def run(
         ImpossibleError, VerificationError: as `sparse_onnx.export` says; nothing is at `out` then.
     """
     say("finding experts")
-    found = experts.find(source.module)
+    streams = is_stored(source.module)
+    # Each expert of a streamed model is compared once, from the file; trying all here would read all weights for it.
+    found = experts.find(source.module, groups=1 if streams else None)
     notes = [*source.notes, *_about(found)]
     say("tracing")
-    if is_stored(source.module):
+    if streams:
         from sparse_onnx.export.checkpoint import streamed  # which uses the steps below
 
         return streamed.run(source, found, notes, out, folder, opset=opset, link=link, say=say)

@@ -151,7 +151,8 @@ def _hugging_face(
         allow_pickle=allow_pickle,
         stream=stream,
     )
-    experts.make_callable(module)
+    if not stored.is_stored(module):  # those are in a form that takes any sizes
+        experts.make_callable(module)
     return Source(source, module, interface, is_transformers=True, notes=notes)
 
 

@@ -20,8 +20,10 @@ from torch import nn
 from sparse_onnx.core.errors import UsageError, VerificationError
 from sparse_onnx.core.report import Report, VerifyRecord
 from sparse_onnx.export import block_check, check, experts, pipeline, planning, samples, trace, twin
+from sparse_onnx.export.checkpoint.expression import Leaf, simplified
 from sparse_onnx.export.checkpoint.placeholders import Attached, attach, placed, with_weights
 from sparse_onnx.export.checkpoint.segments import Segmented
+from sparse_onnx.export.checkpoint.stored import Stored
 from sparse_onnx.export.checkpoint.tensors import same_bytes
 from sparse_onnx.export.sources import Source
 from sparse_onnx.graph import files, io, stats
@@ -64,13 +66,13 @@ def run(
         UsageError: `link`, and the checkpoint lies elsewhere.
         ImpossibleError, VerificationError: as `sparse_onnx.export` says; nothing is at `out` then.
     """
+    if link:
+        _check_place(source.module, out)
     with placed(source.module) as table:
         traced = trace.trace(source, found, opset)
     attached = attach(traced.model, table)
     if isinstance(traced.program, nn.Module):
         with_weights(traced.program, table)
-    if link:
-        _check_place(attached, out)
     plan, plan_notes = planning.plan(source, traced.assumptions)
     half = pipeline._half(source)
     narrow = traced.model
@@ -110,12 +112,11 @@ def run(
     )
 
 
-def _check_place(attached: Mapping[int, Attached], out: Path) -> None:
+def _check_place(module: nn.Module, out: Path) -> None:
     folder = os.path.realpath(out.parent)
-    for each in attached.values():
-        if isinstance(each.tensor, ir.ExternalTensor) and os.path.commonpath(
-            [folder, os.path.realpath(each.tensor.path)]
-        ) != folder:
+    for weight in module.parameters():
+        found = simplified(weight.expression) if isinstance(weight, Stored) else None
+        if isinstance(found, Leaf) and os.path.commonpath([folder, found.entry.path]) != folder:
             raise UsageError(
                 "weights can be linked only where they lie in or below the output's folder",
                 "write into the checkpoint's folder, or --weights copy",
