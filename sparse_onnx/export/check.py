@@ -25,7 +25,6 @@ from sparse_onnx.targets import session as sessions
 from sparse_onnx.verify.compare import Difference, difference
 from sparse_onnx.verify.routing import Decision, Router, decisions, flipped, observed, routers
 
-
 #: Makes of a model what answers to inputs by name with its outputs.
 Engine = Callable[[ir.Model], Callable[[dict[str, np.ndarray]], list[np.ndarray]]]
 

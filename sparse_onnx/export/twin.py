@@ -41,7 +41,9 @@ class Widened(FirstAxis):
     """A half-precision tensor as float32, converted when it is read."""
 
     def __init__(self, source: ir.TensorProtocol) -> None:
-        super().__init__(self._whole, ir.DataType.FLOAT, ir.Shape(source.shape.numpy()), name=source.name or "")
+        super().__init__(
+            self._whole, ir.DataType.FLOAT, ir.Shape(source.shape.numpy()), name=source.name or ""
+        )
         self.source = source
 
     def part(self, index: int, name: str) -> ir.TensorProtocol:

@@ -60,7 +60,9 @@ class Joined(ir.LazyTensor):
         self.parts = tuple(parts)
 
     def _whole(self) -> ir.Tensor:
-        return ir.Tensor(np.concatenate([read_array(part) for part in self.parts]), self.dtype, name=self.name)
+        return ir.Tensor(
+            np.concatenate([read_array(part) for part in self.parts]), self.dtype, name=self.name
+        )
 
     tobytes, tofile = Stacked.tobytes, Stacked.tofile
 

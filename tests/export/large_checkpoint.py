@@ -41,7 +41,8 @@ def config_of(
 
 def write_sparse(folder: Path, config: transformers.PreTrainedConfig, shard_bytes: int) -> int:
     """A checkpoint as the model's authors publish it, one tensor an expert matrix, most of them a hole of the right
-    size: no time and no disk. Norms are ones; routers, embeddings, the first layer's attention and two experts are random.
+    size: no time and no disk. Norms are ones; routers, embeddings, the first layer's attention and two experts are
+    random.
 
     Returns:
         Bytes of all tensors.
@@ -136,7 +137,9 @@ def main() -> None:
         root / "model",
         root / "out.onnx",
         stream=True,
-        progress=lambda text: print(f"{time.perf_counter() - start:7.1f} {text}", file=sys.stderr, flush=True),
+        progress=lambda text: print(
+            f"{time.perf_counter() - start:7.1f} {text}", file=sys.stderr, flush=True
+        ),
     )
     seconds = time.perf_counter() - start
     peaks.running = False

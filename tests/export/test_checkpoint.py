@@ -190,7 +190,11 @@ def test_linked_weights_stay_in_the_checkpoint(checkpoint: Path, tmp_path: Path)
     }
     assert places["model.layers.0.self_attn.q_proj.weight"].startswith("model/model-0000")
     assert places["model.layers.0.mlp.experts.gate_up_proj"] == "out.data"
-    written = sum(value_.const_value.nbytes for name, value_ in model.graph.initializers.items() if places.get(name) == "out.data")
+    written = sum(
+        value_.const_value.nbytes
+        for name, value_ in model.graph.initializers.items()
+        if places.get(name) == "out.data"
+    )
     assert (tmp_path / "out.data").stat().st_size < written + 64 * 1024
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.data", "out.onnx"]
@@ -252,14 +256,26 @@ def test_refusals(checkpoint: Path, models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     quantized = shutil.copytree(checkpoint, tmp_path / "quantized")
     config = json.loads((quantized / "config.json").read_text())
-    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    (quantized / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+    )
     short = shutil.copytree(checkpoint, tmp_path / "short")
     names = json.loads((short / "model.safetensors.index.json").read_text())["weight_map"]
     lost = names["model.layers.0.self_attn.q_proj.weight"]
-    kept = {name: tensor for name, tensor in load_file(short / lost).items() if "layers.0.self_attn.q_proj" not in name}
+    kept = {
+        name: tensor
+        for name, tensor in load_file(short / lost).items()
+        if "layers.0.self_attn.q_proj" not in name
+    }
     save_file(kept, short / lost, metadata={"format": "pt"})
     (short / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {name: file for name, file in names.items() if "layers.0.self_attn.q_proj" not in name}})
+        json.dumps(
+            {
+                "weight_map": {
+                    name: file for name, file in names.items() if "layers.0.self_attn.q_proj" not in name
+                }
+            }
+        )
     )
     cut = shutil.copytree(checkpoint, tmp_path / "cut")
     (cut / lost).write_bytes((cut / lost).read_bytes()[:-1])
@@ -300,7 +316,9 @@ def test_available_memory_counts_control_groups(tmp_path: Path) -> None:
 def export_sparse(folder: Path, *sizes: int) -> dict[str, Any]:
     script = Path(__file__).with_name("large_checkpoint.py")
     command = [sys.executable, str(script), str(folder), *map(str, sizes)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "2"}
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

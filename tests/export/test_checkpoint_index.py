@@ -116,7 +116,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "an unknown type": (_set("a", "dtype", "Q3"), "not supported"),
     "a type that is no text": (_set("a", "dtype", ["F32"]), "not supported"),
     "a tensor that is no object": (_header(lambda header: header.update(a=[1])), "no sound header"),
-    "a name with an escape": (_header(lambda header: header.update({"\x1b[1m": header.pop("a")})), "no sound header"),
+    "a name with an escape": (
+        _header(lambda header: header.update({"\x1b[1m": header.pop("a")})),
+        "no sound header",
+    ),
     "a name that comes twice": (_duplicate, "comes twice"),
     "a tensor in two shards": (_twice, "is in"),
     "an index with other names": (lambda folder: index(folder, {"z": "one.safetensors"}), "is not in it"),

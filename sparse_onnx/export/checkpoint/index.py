@@ -12,7 +12,7 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -60,8 +60,8 @@ def read_index(folder: Path) -> dict[str, Entry]:
     ``model.safetensors.index.json`` names. Reads headers only.
 
     Raises:
-        ModelError: a file is missing, cut off or damaged, a name leads out of the folder, or two tensors share a name or
-            bytes.
+        ModelError: a file is missing, cut off or damaged, a name leads out of the folder, or two tensors share a
+            name or bytes.
     """
     if (folder / SINGLE).exists():
         return {entry.name: entry for entry in read_header(_shard(folder, SINGLE))}
@@ -151,10 +151,11 @@ def _entry(name: str, claim: Any, path: str, start: int) -> Entry:
     dtype, shape, offsets = claim.get("dtype"), claim.get("shape"), claim.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ModelError(
-            f"weights file {quoted(file)}: tensor {quoted(name)} is of type {quoted(str(dtype))}, which is not supported",
+            f"weights file {quoted(file)}: tensor {quoted(name)} is of type {quoted(str(dtype))}, "
+            "which is not supported",
             f"known: {', '.join(DTYPES)}",
         )
-    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+    if not (_is_sizes(shape) and _is_sizes(offsets) and len(offsets) == 2):
         raise _damaged(file, f"tensor {quoted(name)} has no sound shape or place")
     entry = Entry(name, path, start + offsets[0], DTYPES[dtype], tuple(shape))
     if offsets[1] - offsets[0] != entry.nbytes:
@@ -165,7 +166,7 @@ def _entry(name: str, claim: Any, path: str, start: int) -> Entry:
     return entry
 
 
-def _is_sizes(value: Any) -> bool:
+def _is_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(each) is int and 0 <= each < 2**62 for each in value)
 
 

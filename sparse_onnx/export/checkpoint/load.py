@@ -41,7 +41,9 @@ def wanted(source: str, stream: bool | None, dtype: Any) -> dict[str, Entry] | N
         return None
     if stream is None:
         free = available_memory()
-        size = sum((folder / name).stat().st_size for name in os.listdir(folder) if name.endswith(".safetensors"))
+        size = sum(
+            (folder / name).stat().st_size for name in os.listdir(folder) if name.endswith(".safetensors")
+        )
         if free is None or size * max(_WHOLE.values()) * 2 < free:
             return None
     try:

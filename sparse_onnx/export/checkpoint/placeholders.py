@@ -1,5 +1,5 @@
-"""Tracing a module whose weights are left in its checkpoint: torch.export looks at shapes and types alone, so each weight
-gives way to memory that is reserved and never touched, and the graph is given the weights afterwards."""
+"""Tracing a module whose weights are left in its checkpoint: torch.export looks at shapes and types alone, so each
+weight gives way to memory that is reserved and never touched, and the graph is given the weights afterwards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import dataclasses
 import math
 import mmap
 from collections.abc import Iterator
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -32,7 +33,8 @@ def placed(module: nn.Module) -> Iterator[Table]:
     made: dict[int, torch.Tensor] = {}
     with contextlib.ExitStack() as undo:
         for part in module.modules():
-            for tensors in (part._parameters, part._buffers):
+            holders: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for tensors in holders:
                 for name, old in list(tensors.items()):
                     if not isinstance(old, Stored):
                         continue
@@ -42,7 +44,7 @@ def placed(module: nn.Module) -> Iterator[Table]:
                         is_parameter = isinstance(old, nn.Parameter)
                         made[id(old)] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
                     undo.callback(tensors.__setitem__, name, old)
-                    tensors[name] = made[id(old)]  # type: ignore[assignment]
+                    tensors[name] = made[id(old)]
         yield table
 
 

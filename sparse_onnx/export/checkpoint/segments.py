@@ -1,9 +1,9 @@
 """Runs a model larger than memory in ONNX Runtime, a few nodes at a time.
 
-The nodes are cut into segments, each a model of its own. Weights are not part of these models but inputs of theirs, read
-when a segment runs and forgotten behind it; values that later segments need are kept. The answers are those of the whole
-model, since every node runs once, on the same values. What a float32 twin of half-precision weights widens is widened for
-one segment only, and of packed experts for a few of those that tokens were sent to.
+The nodes are cut into segments, each a model of its own. Weights are not part of these models but inputs of theirs,
+read when a segment runs and forgotten behind it; values that later segments need are kept. The answers are those of the
+whole model, since every node runs once, on the same values. What a float32 twin of half-precision weights widens is
+widened for one segment only, and of packed experts for a few of those that tokens were sent to.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Segmented:
             OutsideError: the runtime failed.
         """
         outputs = self.model.graph.outputs
-        held = {value: feeds[value.name or ""] for value in self.model.graph.inputs if not value.is_initializer()}
+        held = {
+            value: feeds[value.name or ""] for value in self.model.graph.inputs if not value.is_initializer()
+        }
         kept = set(outputs)
         for at, segment in enumerate(self._segments):
             results = self._run(at, segment, [held[value] for value in segment.inputs])
@@ -100,12 +102,14 @@ class Segmented:
         )
 
     def _experts(self, block: MoEBlock, held: Mapping[ir.Value, np.ndarray]) -> np.ndarray:
-        """One block, a few experts at a time: another expert's slots count as dropped, and what each few give adds up."""
-        tokens, index, weight = (held[value] for value in (block.tokens, block.expert_index, block.expert_weight))
+        """One block, a few experts at a time: slots of others count as dropped, and what each few give adds up."""
+        tokens, index, weight = (
+            held[value] for value in (block.tokens, block.expert_index, block.expert_weight)
+        )
         weights = {name: _tensor(value) for name, value in block.weights.items()}
-        count = next(iter(weights.values())).shape[0]
+        count = next(iter(weights.values())).shape.numpy()[0]
         hit = np.unique(index[index < count]) if index.size else np.zeros(0, index.dtype)
-        size = sum(tensor.nbytes for tensor in weights.values()) // int(count)
+        size = sum(tensor.nbytes for tensor in weights.values()) // count
         step = max(1, SEGMENT_BYTES // max(1, size))
         total: np.ndarray | None = None
         for start in range(0, max(1, len(hit)), step):
@@ -131,11 +135,14 @@ class Segmented:
                 )
                 for name, array in zip(names, arrays, strict=True)
             ]
-            node = blocks.make_node(block.spec, *inputs[:3], dict(zip(names[3:], inputs[3:], strict=True)), name="block")
+            roles = dict(zip(names[3:], inputs[3:], strict=True))
+            node = blocks.make_node(block.spec, inputs[0], inputs[1], inputs[2], roles, name="block")
             graph = ir.Graph(
                 inputs, node.outputs, nodes=[node], opset_imports=dict(self.model.opset_imports), name="block"
             )
-            model = ir.Model(graph, ir_version=self.model.ir_version, functions=list(self.model.functions.values()))
+            model = ir.Model(
+                graph, ir_version=self.model.ir_version, functions=list(self.model.functions.values())
+            )
             self._sessions[key] = sessions.create_session(model, threads=self.threads)
         return sessions.run(self._sessions[key], dict(zip(names, arrays, strict=True)))[0]  # type: ignore[arg-type]
 

@@ -56,21 +56,25 @@ class Stored(torch.Tensor):
     def __new__(cls, expression: Expression) -> Stored:
         meta = expression.meta
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device="cpu"
+            cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=torch.device("cpu")
         )
         made.expression = expression
         return made
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         return f"Stored({self.dtype}{list(self.shape)})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
-            memo[id(self)] = parameter(self.expression) if isinstance(self, nn.Parameter) else Stored(self.expression)
+            memo[id(self)] = (
+                parameter(self.expression) if isinstance(self, nn.Parameter) else Stored(self.expression)
+            )
         return memo[id(self)]
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         first = args[0].expression if args and isinstance(args[0], Stored) else None
         if first is not None and function in (aten.detach.default, aten.alias.default):
@@ -84,14 +88,23 @@ class Stored(torch.Tensor):
         if function is aten.embedding.default and first is not None:
             plain = expressions.uncast(first)
             return function(value(plain), *args[1:], **kwargs).to(first.dtype)
-        if function in (aten.mm.default, aten.addmm.default) and (wide := _in_blocks(function, args, kwargs)) is not None:
+        if (
+            function in (aten.mm.default, aten.addmm.default)
+            and (wide := _in_blocks(function, args, kwargs)) is not None
+        ):
             return wide
         if function in _LAYOUT or (_recording and not function._schema.is_mutable):
             return _wrapped(
-                expressions.apply(function, *tree_map_only(Stored, _expression, args), **tree_map_only(Stored, _expression, kwargs))
+                expressions.apply(
+                    function,
+                    *tree_map_only(Stored, _expression, args),
+                    **tree_map_only(Stored, _expression, kwargs),
+                )
             )
         if function._schema.is_mutable and first is not None:
-            raise ImpossibleError(f"a weight is changed in place by {function.name()}", "load it whole: --no-stream")
+            raise ImpossibleError(
+                f"a weight is changed in place by {function.name()}", "load it whole: --no-stream"
+            )
         return function(*tree_map_only(Stored, _computed, args), **tree_map_only(Stored, _computed, kwargs))
 
 
@@ -147,7 +160,12 @@ def _parts(first: Expression, function: Any, args: Any) -> Any:
 def _in_blocks(function: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     """``rows @ weight.T`` for a weight too large to be converted at once, in blocks of its rows."""
     *_, rows, weight = args
-    if kwargs or not isinstance(weight, Stored) or isinstance(rows, Stored) or weight.expression.nbytes <= BLOCK_BYTES:
+    if (
+        kwargs
+        or not isinstance(weight, Stored)
+        or isinstance(rows, Stored)
+        or weight.expression.nbytes <= BLOCK_BYTES
+    ):
         return None
     turned = weight.expression
     if not isinstance(turned, Applied) or turned.function not in (aten.t.default, aten.transpose.int):
@@ -175,7 +193,9 @@ def widened(module: nn.Module) -> nn.Module:
                 part._parameters[name] = known.setdefault(id(old), parameter(_float32(old.expression)))
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_floating_point():
-                part._buffers[name] = Stored(_float32(buffer.expression)) if isinstance(buffer, Stored) else buffer.float()
+                part._buffers[name] = (
+                    Stored(_float32(buffer.expression)) if isinstance(buffer, Stored) else buffer.float()
+                )
     return wide
 
 

@@ -1,9 +1,9 @@
 """The export of a model whose weights stay in their checkpoint until they are written, one after the other.
 
 What is compared is what an ordinary export compares - the graph in ONNX Runtime against the module in torch, with the
-model's own weights, on inputs that were not traced - but neither side ever holds the weights: torch reads each where the
-module uses it, ONNX Runtime runs a few nodes at a time. Besides, each weight's bytes in the file are compared with the
-checkpoint's.
+model's own weights, on inputs that were not traced - but neither side ever holds the weights: torch reads each where
+the module uses it, ONNX Runtime runs a few nodes at a time. Besides, each weight's bytes in the file are compared with
+the checkpoint's.
 """
 
 from __future__ import annotations
@@ -222,7 +222,8 @@ def _compare(
         engine=Segmented,
     )
     notes.append(
-        f"verified on a float32 twin: the same graph and weights, widened from {half}; the {half} file itself was not run"
+        f"verified on a float32 twin: the same graph and weights, widened from {half}; "
+        f"the {half} file itself was not run"
     )
     return record, notes
 
@@ -237,7 +238,9 @@ def _publish(staged: Path, data: Path | None, out: Path) -> None:
             file.close()
             for slot in tensor_slots(model):
                 tensor = slot.tensor
-                if isinstance(tensor, ir.ExternalTensor) and os.path.realpath(tensor.path) == os.path.realpath(data):
+                if isinstance(tensor, ir.ExternalTensor) and os.path.realpath(
+                    tensor.path
+                ) == os.path.realpath(data):
                     slot.replace(moved(tensor, fresh.name, tensor.offset or 0, str(out.parent.resolve())))
             os.replace(data, fresh)
         io.save(model, out, weights="link")

@@ -37,9 +37,9 @@ def tensor_of(expression: Expression, name: str) -> ir.TensorProtocol:
     if isinstance(expression, Leaf):
         entry = expression.entry
         folder, file = os.path.split(entry.path)
-        dtype, shape = from_torch_dtype(entry.dtype), ir.Shape(entry.shape)
+        dtype, sizes = from_torch_dtype(entry.dtype), ir.Shape(entry.shape)
         return ir.ExternalTensor(
-            file, entry.offset, entry.nbytes, dtype, shape=shape, name=name, base_dir=folder
+            file, entry.offset, entry.nbytes, dtype, shape=sizes, name=name, base_dir=folder
         )
     assert isinstance(expression, Applied)
     shape = expression.shape
@@ -82,9 +82,9 @@ def same_bytes(expression: Expression, tensor: ir.TensorProtocol) -> bool:
     plain = simplified(expression)
     if not isinstance(tensor, ir.ExternalTensor):
         return array_of(value(plain)).tobytes() == tensor.tobytes()
-    if isinstance(plain, Leaf) and plain.entry.nbytes == tensor.nbytes:
-        if os.path.realpath(tensor.path) == plain.entry.path and (tensor.offset or 0) == plain.entry.offset:
-            return True
+    place = os.path.realpath(tensor.path), tensor.offset or 0, tensor.nbytes
+    if isinstance(plain, Leaf) and place == (plain.entry.path, plain.entry.offset, plain.entry.nbytes):
+        return True
     if math.prod(expression.shape) != tensor.size or from_torch_dtype(expression.dtype) != tensor.dtype:
         return False
     descriptor = os.open(tensor.path, os.O_RDONLY | os.O_CLOEXEC)
