@@ -24,6 +24,8 @@ from sparse_onnx.verify.extract import sources
 SEGMENT_BYTES = 64 << 20
 #: Smaller constants stay in the graph: operators that need one while the session is created are given one.
 _SMALL = 1 << 16
+#: A model of more segments makes their sessions anew for each run: each has threads of its own.
+_KEPT = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +79,12 @@ class Segmented:
         block = MoEBlock.of(segment.nodes[0]) if len(segment.nodes) == 1 else None
         if block is not None and segment.weights:
             return [self._experts(block, dict(zip(segment.inputs, given, strict=True)))]
-        if at not in self._sessions:
-            self._sessions[at] = self._session(segment, given)
+        session = self._sessions.get(at) or self._session(segment, given)
+        if len(self._segments) <= _KEPT:
+            self._sessions[at] = session
         feeds = {value.name or "": array for value, array in zip(segment.inputs, given, strict=True)}
         feeds |= {value.name or "": read_array(_tensor(value)) for value in segment.weights}
-        return sessions.run(self._sessions[at], feeds)  # type: ignore[arg-type]
+        return sessions.run(session, feeds)  # type: ignore[arg-type]
 
     def _session(self, segment: _Segment, given: Sequence[np.ndarray]) -> object:
         constants = [value for value in _constants(segment.nodes) if value not in set(segment.weights)]

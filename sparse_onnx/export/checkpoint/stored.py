@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export import experts
@@ -35,7 +35,6 @@ _LAYOUT = {
     aten.unsqueeze.default,
     aten.squeeze.dim,
     aten.expand.default,
-    aten.clone.default,
     aten._to_copy.default,
 }
 _recording = 0
@@ -61,7 +60,7 @@ class Stored(torch.Tensor):
         made.expression = expression
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
         return f"Stored({self.dtype}{list(self.shape)})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -93,7 +92,7 @@ class Stored(torch.Tensor):
             and (wide := _in_blocks(function, args, kwargs)) is not None
         ):
             return wide
-        if function in _LAYOUT or (_recording and not function._schema.is_mutable):
+        if (function in _LAYOUT and _all_stored(args)) or (_recording and not function._schema.is_mutable):
             return _wrapped(
                 expressions.apply(
                     function,
@@ -122,6 +121,11 @@ def recording() -> Iterator[None]:
         yield
     finally:
         _recording -= 1
+
+
+def _all_stored(args: Any) -> bool:
+    """Activations that are joined with a weight, say, are computed with: they may be written to."""
+    return all(isinstance(each, Stored) for each in tree_leaves(args) if isinstance(each, torch.Tensor))
 
 
 def _expression(tensor: Stored) -> Expression:
