@@ -151,15 +151,16 @@ def _agrees(module: nn.Module, spec: ExpertSpec, groups: int | None) -> bool:
     return True
 
 
-def probes(module: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def probes(module: nn.Module, rows: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Tokens `[T, D]`, expert_index `[T, 2]` and expert_weight `[T, 2]` that visit each expert of an experts module,
     and one expert twice with the same token. Few rows at a time: some implementations copy an expert's weights for
-    each row."""
+    each row. `rows`: at a time of transformers' modules in their plain form, which read an expert once for all rows."""
     first, second = _weights(module)
     count = first.shape[0]
     hidden = first.shape[1] if getattr(module, "is_transposed", False) else first.shape[2]
     per_row = 2 * (first.nbytes + second.nbytes) // count
-    rows = max(1, min(_PROBE_ROWS, _PROBE_BYTES // max(1, per_row)))
+    if rows is None or not _dispatched(module):
+        rows = max(1, min(_PROBE_ROWS, _PROBE_BYTES // max(1, per_row)))
     generator = torch.Generator().manual_seed(0)
     expert = torch.cat([torch.arange(count), torch.tensor([min(1, count - 1)])])
     other = torch.cat([(expert[:-1] * 7 + 1) % count, expert[-1:]])

@@ -37,6 +37,8 @@ from sparse_onnx.verify.compare import TOLERANCES
 #: the disk.
 _ALL_RUNS_BYTES = 2 << 30
 _FEW = 3
+#: Tokens that an experts module is called with: its plain form takes the experts one after the other.
+_ROWS = 256
 
 
 def run(
@@ -86,7 +88,7 @@ def run(
         say("comparing each weight")
         _compare_weights(written)
         say("comparing each expert")
-        block_check.compare_blocks(staged, found)
+        block_check.compare_blocks(staged, found, _ROWS)
         size = sum(each.expression.nbytes for each, _ in written)
         runs = plan if size <= _ALL_RUNS_BYTES else _few(plan)
         record, more = _compare(source, found, traced, staged, wide, written, runs, half, say)
