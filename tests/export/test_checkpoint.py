@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import sparse_onnx
 from sparse_onnx.core.errors import SparseOnnxError, UsageError, VerificationError
 from sparse_onnx.export import hugging_face, random_weights
-from sparse_onnx.export.checkpoint import expression, streamed, tensors
+from sparse_onnx.export.checkpoint import expression, memory, streamed, tensors
 from sparse_onnx.export.checkpoint import load as loading
 from sparse_onnx.export.checkpoint.expression import value
 from sparse_onnx.export.checkpoint.stored import Stored, widened
@@ -308,11 +308,18 @@ def test_streams_where_memory_does_not_suffice(checkpoint: Path, monkeypatch: py
 def test_available_memory_counts_control_groups(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("800\n")
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 200\nactive_file 100\n")
-    assert loading._left_in(tmp_path) == [500]
+    (tmp_path / "memory.stat").write_text(
+        "anon 500\ninactive_file 200\nactive_file 100\ntotal_active_file 50\n"
+    )
+    assert memory.left_in(tmp_path) == [500]
     (tmp_path / "memory.max").write_text("max\n")
-    assert loading._left_in(tmp_path) == []
-    assert (loading.available_memory() or 0) > 1 << 20
+    assert memory.left_in(tmp_path) == [] == memory.left_in(tmp_path / "none")
+    (tmp_path / "memory.limit_in_bytes").write_text("1000\n")
+    (tmp_path / "memory.usage_in_bytes").write_text("700\n")
+    assert memory.left_in_first_version(tmp_path) == [350]
+    (tmp_path / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
+    assert memory.left_in_first_version(tmp_path) == [] == memory.left_in_first_version(tmp_path / "none")
+    assert (memory.available_memory() or 0) > 1 << 20
 
 
 def export_sparse(folder: Path, *sizes: int) -> dict[str, Any]:

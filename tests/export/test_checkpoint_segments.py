@@ -18,7 +18,9 @@ from sparse_onnx.verify.routing import observed, routers
 
 
 @pytest.mark.parametrize("budget", [1, 8000, 1 << 30], ids=["node by node", "a few nodes", "whole"])
-@pytest.mark.parametrize("shape", [Shape(), Shape(experts=5, top_k=3, biases=True, separate=True)], ids=["moe", "gated"])
+@pytest.mark.parametrize(
+    "shape", [Shape(), Shape(experts=5, top_k=3, biases=True, separate=True)], ids=["moe", "gated"]
+)
 def test_same_answers(budget: int, shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "SEGMENT_BYTES", budget)
     monkeypatch.setattr(segments, "_SMALL", 0)
@@ -49,7 +51,9 @@ def test_experts_are_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(twin.Widened, "part", lambda self, at, name: taken.append(at) or part(self, at, name))
     whole: list[str] = []
     read = segments.read_array
-    monkeypatch.setattr(segments, "read_array", lambda tensor: whole.append(str(tensor.shape)) or read(tensor))
+    monkeypatch.setattr(
+        segments, "read_array", lambda tensor: whole.append(str(tensor.shape)) or read(tensor)
+    )
     (name,) = (value.name for value in model.graph.inputs)
     Segmented(model)({name: np.ones((1, shape.hidden), np.float32)})
     assert len(set(taken)) == shape.top_k and len(taken) == 4 * shape.top_k

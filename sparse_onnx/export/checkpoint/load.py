@@ -12,6 +12,7 @@ from transformers import dynamic_module_utils
 from sparse_onnx.core.errors import ImpossibleError, ModelError
 from sparse_onnx.export.checkpoint.expression import Leaf
 from sparse_onnx.export.checkpoint.index import INDEX, SINGLE, Entry, read_index
+from sparse_onnx.export.checkpoint.memory import available_memory
 from sparse_onnx.export.checkpoint.stored import Stored, recording
 
 #: Memory that the ordinary export takes, in multiples of the weights as float32: the module, ONNX Runtime's session
@@ -62,36 +63,6 @@ def _whole_bytes(entries: dict[str, Entry], dtype: Any) -> float:
         width = (dtype or entry.dtype).itemsize
         total += entry.nbytes / entry.dtype.itemsize * 4 * _WHOLE.get(width, 4.0)
     return total
-
-
-def available_memory() -> int | None:
-    """Bytes that this process may still use: of the machine, and of the control groups that it is in. None where the
-    system does not say."""
-    free = []
-    try:
-        with open("/proc/meminfo") as file:
-            free += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
-        with open("/proc/self/cgroup") as file:
-            own = [line.rstrip("\n").split(":", 2)[2] for line in file if line.startswith("0::")]
-        for group in {"/", *own}:
-            free += _left_in(Path("/sys/fs/cgroup") / group.lstrip("/"))
-    except (OSError, ValueError, IndexError):
-        pass
-    return min(free, default=None)
-
-
-def _left_in(group: Path) -> list[int]:
-    """Of one control group with a limit: what it leaves, file pages counted as free."""
-    try:
-        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        files = [
-            int(line.split()[1])
-            for line in (group / "memory.stat").read_text().splitlines()
-            if line.startswith(("inactive_file ", "active_file "))
-        ]
-    except OSError:
-        return []
-    return [] if limit == "max" else [int(limit) - int(used) + sum(files)]
 
 
 def from_pretrained(chosen: Any, source: str, entries: dict[str, Entry], **arguments: Any) -> Any:
