@@ -279,6 +279,8 @@ def test_refusals(checkpoint: Path, models: Path, tmp_path: Path) -> None:
             }
         )
     )
+    reshaped = shutil.copytree(checkpoint, tmp_path / "reshaped")
+    (reshaped / "config.json").write_text(json.dumps(config | {"vocab_size": 96}))
     cut = shutil.copytree(checkpoint, tmp_path / "cut")
     (cut / lost).write_bytes((cut / lost).read_bytes()[:-1])
     pickled = write_config("mixtral", tmp_path / "pickled")
@@ -286,6 +288,7 @@ def test_refusals(checkpoint: Path, models: Path, tmp_path: Path) -> None:
     for folder, code, says in (
         (quantized, 5, "quantized"),
         (short, 3, "weights of the model are missing: model.layers.0.self_attn.q_proj.weight"),
+        (reshaped, 3, "have other shapes than the configuration says: lm_head.weight"),
         (cut, 3, "end at byte"),
         (pickled, 3, "only a folder of safetensors"),
     ):

@@ -27,7 +27,6 @@ aten = torch.ops.aten
 
 #: Change no element's place.
 _ELEMENTWISE = (aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default)
-_SWAPS = (aten.transpose.int, aten.permute.default)
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 
@@ -157,7 +156,8 @@ def take(expression: Expression, at: int | slice) -> Expression:
     if isinstance(expression, Leaf):
         return _taken(expression, at)
     assert isinstance(expression, Applied)
-    pushed = _pushed(expression, at)
+    empty = isinstance(at, slice) and at.start >= at.stop
+    pushed = None if empty else _pushed(expression, at)
     if pushed is not None:
         return pushed
     if isinstance(at, int):
@@ -181,6 +181,8 @@ def _pushed(expression: Applied, at: int | slice) -> Expression | None:
         if kwargs.get("memory_format") not in (None, torch.preserve_format, torch.contiguous_format):
             return None
         return apply(function, take(args[0], at), **kwargs)
+    if kwargs:
+        return None
     rank = len(expression.shape)
     if function is aten.stack.default:
         axis = _axis(args, 1, rank)
@@ -207,7 +209,7 @@ def _pushed(expression: Applied, at: int | slice) -> Expression | None:
         if axis and expression.output is not None:
             return apply(function, take(args[0], at), args[1], axis - gone)[expression.output]
         return None
-    if function is aten.slice.Tensor and kwargs == {}:
+    if function is aten.slice.Tensor:
         axis = _axis(args, 1, rank)
         return apply(function, take(args[0], at), axis - gone, *args[2:]) if axis else None
     return None

@@ -78,7 +78,7 @@ class Stored(torch.Tensor):
         first = args[0].expression if args and isinstance(args[0], Stored) else None
         if first is not None and function in (aten.detach.default, aten.alias.default):
             return Stored(first)
-        if first is not None and (parts := _parts(first, function, args)) is not None:
+        if first is not None and not kwargs and (parts := _parts(first, function, args)) is not None:
             return parts
         if function is torch.ops.sparse_onnx.moe.default:
             return experts.moe._init_fn(*args, **kwargs)  # the operator's own code takes expert by expert
