@@ -2,8 +2,8 @@
 
 `python -m sparse_onnx.bench.export_cost` writes a Mixtral-shaped checkpoint of random weights, has each exporter load
 and export it, and prints a table. Peak memory is the process's largest resident size, mapped files included; seconds
-count from the imports to the file on disk. What sparse-onnx does includes running the result against PyTorch; the
-others check nothing. Needs transformers, 2 cores, 6 GB of memory and 4 GB of disk.
+count from the imports to the file on disk, CPU seconds from the start of the process. What sparse-onnx does includes
+running the result against PyTorch; the others check nothing. Needs transformers, 2 cores, 6 GB of memory and 4 GB of disk.
 """
 
 from __future__ import annotations
@@ -126,8 +126,9 @@ def _run_child(name: str, *arguments: str) -> None:
     else:
         checkpoint, out = map(Path, arguments)
         found = EXPORTERS[name](checkpoint, out)
-    # Kilobytes on Linux; of the children that this process had, none counts.
-    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    found["peak_mb"] = usage.ru_maxrss / 1024  # kilobytes on Linux
+    found["cpu"] = usage.ru_utime + usage.ru_stime
     print(json.dumps(found))
 
 
@@ -156,15 +157,19 @@ def main(child: str | None, arguments: tuple[str, ...], layers: int, dtype: str,
                     name,
                     number(found.get("seconds"), ".1f"),
                     number(found.get("checking"), ".1f"),
+                    number(found.get("cpu"), ".1f"),
                     number(found.get("peak_mb"), ".0f"),
                     found.get("failure", ""),
                 ]
             )
+            click.echo(", ".join(rows[-1]), err=True)
             for path in out.parent.iterdir():
                 path.unlink()
             out.parent.rmdir()
     click.echo(f"{size / 1e6:.0f} MB of {dtype} weights, {layers} layers\n")
-    click.echo(markdown(["exporter", "seconds", "of these checking", "peak MB", "fails with"], rows))
+    click.echo(
+        markdown(["exporter", "seconds", "of these checking", "CPU seconds", "peak MB", "fails with"], rows)
+    )
 
 
 if __name__ == "__main__":
