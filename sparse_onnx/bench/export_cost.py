@@ -3,7 +3,8 @@
 `python -m sparse_onnx.bench.export_cost` writes a Mixtral-shaped checkpoint of random weights, has each exporter load
 and export it, and prints a table. Peak memory is the process's largest resident size, mapped files included; seconds
 count from the imports to the file on disk, CPU seconds from the start of the process. What sparse-onnx does includes
-running the result against PyTorch; the others check nothing. Needs transformers, 2 cores, 6 GB of memory and 4 GB of disk.
+running the result against PyTorch; the others check nothing. Needs transformers, 2 cores, 6 GB of memory and 4 GB of
+disk.
 """
 
 from __future__ import annotations

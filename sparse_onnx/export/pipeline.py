@@ -46,7 +46,7 @@ def run(
     traced = trace.trace(source, found, opset)
     plan, plan_notes = planning.plan(source, traced.assumptions)
     notes += plan_notes
-    half = _half(source)
+    half = half_type(source)
     narrow = traced.model
     wide = narrow.clone() if half else None  # before constants are folded, and so rounded, in half precision
     say("writing")
@@ -86,7 +86,7 @@ def _about(found: list[experts.Experts]) -> list[str]:
     ]
 
 
-def _half(source: Source) -> str | None:
+def half_type(source: Source) -> str | None:
     """`float16` or `bfloat16` if any weight is."""
     for parameter in source.module.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):

@@ -76,7 +76,7 @@ def run(
     if isinstance(traced.program, nn.Module):
         with_weights(traced.program, table)
     plan, plan_notes = planning.plan(source, traced.assumptions)
-    half = pipeline._half(source)
+    half = pipeline.half_type(source)
     narrow = traced.model
     wide = narrow.clone() if half else None
     say("writing")
@@ -142,7 +142,16 @@ def _stage(model: ir.Model, out: Path, folder: Path, link: bool) -> tuple[Path, 
 def _weights(
     model: ir.Model, written: ir.Model, attached: Mapping[int, Attached]
 ) -> list[tuple[Attached, ir.TensorProtocol]]:
-    """Each weight, and what became of it in the file."""
+    """Each weight, and what became of it in the file.
+
+    Raises:
+        VerificationError: there are others, of which nobody knows what they should be.
+    """
+    for slot in tensor_slots(model):
+        if isinstance(slot.tensor, (ir.ExternalTensor, ir.LazyTensor)) and id(slot.tensor) not in attached:
+            raise VerificationError(
+                f"weight '{slot.name}' is none of the checkpoint's", "nothing was written; please report this"
+            )
     return [
         (attached[id(slot.tensor)], tensor)
         for slot in tensor_slots(model)
