@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -36,6 +37,18 @@ from sparse_onnx.cli.output import Output
     metavar="FILE.py:NAME",
     help="A function that teaches it an unknown mixture-of-experts module. This RUNS FILE.py. Repeatable.",
 )
+@click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Export without loading the weights of a folder of safetensors; default: if they would not fit into memory.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["copy", "link"]),
+    default="copy",
+    show_default=True,
+    help="link: what the checkpoint stores as the graph wants it stays there, beside or below OUT.",
+)
 @options.reporting
 def command(
     source: str,
@@ -47,6 +60,8 @@ def command(
     trust_remote_code: bool,
     allow_pickle: bool,
     adapters: tuple[str, ...],
+    stream: bool | None,
+    weights: Literal["copy", "link"],
     output: Output,
 ) -> None:
     """PyTorch -> ONNX with the sparse blocks whole.
@@ -73,6 +88,8 @@ def command(
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             adapters=adapters,
+            stream=stream,
+            weights=weights,
             progress=progress,
             **settings,
         )

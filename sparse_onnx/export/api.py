@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_onnx.core.errors import OutsideError, UsageError
 from sparse_onnx.core.report import Report
@@ -30,6 +30,8 @@ def export(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     adapters: Sequence[str | os.PathLike[str] | Callable[[nn.Module], nn.Module | None]] = (),
+    stream: bool | None = None,
+    weights: Literal["copy", "link"] = "copy",
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Exports a torch model. Each mixture-of-experts block arrives as one `sparse_onnx::MoE` node.
@@ -56,6 +58,10 @@ def export(
         adapters: teach it unknown mixture-of-experts modules: functions that get a module and give another one
             that computes the same and calls `PackedExperts`, or None; or ``FILE.py:NAME`` of such a function - THIS
             RUNS THAT CODE. Each replacement is compared with its module before it is used. See docs/adapters.md.
+        stream: export a Hugging Face folder of safetensors without loading its weights; None does so where they
+            would not fit into memory (docs/large-models.md).
+        weights: ``link`` streams, and leaves what the checkpoint stores as the graph wants it in the
+            checkpoint's files, which must lie in or under the folder of `out`.
         progress: called with a line at each step.
 
     Returns:
@@ -79,6 +85,10 @@ def export(
         raise UsageError(f"opset {opset} is too old", f"{_OLDEST_OPSET} is the oldest")
     if opset > _NEWEST_OPSET:
         raise UsageError(f"opset {opset} is too new", f"{_NEWEST_OPSET} is the newest that torch gives")
+    if weights not in ("copy", "link"):
+        raise UsageError(f"weights cannot be '{weights}'", "one of copy, link")
+    if weights == "link" and stream is False:
+        raise UsageError("weights that are loaded whole cannot be linked", "leave --no-stream out")
     _require_torch()
     import torch
 
@@ -89,17 +99,18 @@ def export(
     say = progress or (lambda text: None)
     with terminable(), settings.left_as_it_was(source):
         say("loading the model")
-        weights: dict[str, Any] = {"dtype": None if dtype is None else getattr(torch, dtype)}
+        types: dict[str, Any] = {"dtype": None if dtype is None else getattr(torch, dtype)}
         if not isinstance(source, (str, os.PathLike)):
             given = source if isinstance(source, tuple) else (source,)
-            loaded = sources.of_objects(given, **weights)
+            loaded = sources.of_objects(given, **types)
         else:
             loaded = sources.resolve(
                 os.fspath(source),
                 random_weights=random_weights,
                 trust_remote_code=trust_remote_code,
                 allow_pickle=allow_pickle,
-                **weights,
+                stream=True if weights == "link" else stream,
+                **types,
             )
         if past:
             from sparse_onnx.export.past import with_past
@@ -114,7 +125,15 @@ def export(
                 f"the output's folder cannot be written to: {reason}", where=str(out.parent)
             ) from error
         with scratch as folder:
-            return pipeline.run(loaded, out, Path(folder), opset=opset, say=say, given=given_adapters)
+            return pipeline.run(
+                loaded,
+                out,
+                Path(folder),
+                opset=opset,
+                say=say,
+                given=given_adapters,
+                link=weights == "link",
+            )
 
 
 def _require_torch() -> None:

@@ -20,12 +20,13 @@ from sparse_onnx.graph import io
 from sparse_onnx.graph.external import read_array
 
 
-def compare_blocks(path: Path, found: Sequence[experts.Experts]) -> None:
+def compare_blocks(path: Path, found: Sequence[experts.Experts], rows: int | None = None) -> None:
     """Computes the blocks by the numpy reference, with the weights as they are in the file.
 
     Args:
         path: the exported model.
         found: the experts modules; they run as they are.
+        rows: tokens at a time; None takes few where experts are large, since a module may copy them for each.
 
     Raises:
         VerificationError: an expert answers otherwise, or a block is of no known module.
@@ -37,7 +38,7 @@ def compare_blocks(path: Path, found: Sequence[experts.Experts]) -> None:
             raise VerificationError(
                 f"block '{block.name}' comes from none of the experts modules", where=path.name
             )
-        wrong = _wrong_experts(block, entry)
+        wrong = _wrong_experts(block, entry, rows)
         if wrong:
             raise VerificationError(
                 f"block '{block.name}' differs from its module in expert {wrong[0]}"
@@ -48,7 +49,7 @@ def compare_blocks(path: Path, found: Sequence[experts.Experts]) -> None:
 
 
 @torch.no_grad()
-def _wrong_experts(block: blocks.MoEBlock, entry: experts.Experts) -> list[int]:
+def _wrong_experts(block: blocks.MoEBlock, entry: experts.Experts, rows: int | None) -> list[int]:
     weights = {
         role: read_array(value.const_value)
         for role, value in block.weights.items()
@@ -57,7 +58,7 @@ def _wrong_experts(block: blocks.MoEBlock, entry: experts.Experts) -> list[int]:
     if len(weights) != len(block.weights):
         raise VerificationError(f"block '{block.name}' computes its weights", "nothing was written")
     good, bad = set[int](), set[int]()
-    for tokens, index, weight in experts.probes(entry.module):
+    for tokens, index, weight in experts.probes(entry.module, rows):
         with users_code(entry.path):
             expected = entry.module(tokens, index, weight)
         actual = blocks.reference(
@@ -68,9 +69,9 @@ def _wrong_experts(block: blocks.MoEBlock, entry: experts.Experts) -> list[int]:
             accumulate=np.float32,
             **weights,
         )
-        rows = torch.from_numpy(actual.astype(np.float32)).to(expected)
+        found = torch.from_numpy(actual.astype(np.float32)).to(expected)
         for row, pair in enumerate(index.tolist()):
-            agrees = experts.same_rows(expected[row : row + 1], rows[row : row + 1])
+            agrees = experts.same_rows(expected[row : row + 1], found[row : row + 1])
             (good if agrees else bad).update(pair)
     return sorted(bad - good or bad)
 

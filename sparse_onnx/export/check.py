@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -26,21 +27,24 @@ from sparse_onnx.targets import session as sessions
 from sparse_onnx.verify.compare import Difference, difference
 from sparse_onnx.verify.routing import Decision, Router, decisions, flipped, observed, routers
 
+#: Makes of a model what answers to inputs by name with its outputs.
+Engine = Callable[[ir.Model], Callable[[dict[str, np.ndarray]], list[np.ndarray]]]
+
 
 class _Watched:
     """The exported model in ORT with its routers' indices and scores as further outputs; made when first
     needed."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | ir.Model, engine: Engine) -> None:
+        self.path, self.engine = path, engine
 
     @functools.cached_property
     def _session(self) -> tuple[Any, list[Router], list[str]]:
-        model = io.load(self.path)
+        model = io.load(self.path) if isinstance(self.path, Path) else self.path
         watch = routers(model)
         copy = observed(model, watch)
         names = [value.name or "" for value in copy.graph.outputs]
-        return sessions.create_session(copy, name=self.path.name), watch, names
+        return self.engine(copy), watch, names
 
     def flips(
         self, feeds: dict[str, np.ndarray], chosen: dict[str, np.ndarray], batch: int
@@ -48,7 +52,7 @@ class _Watched:
         """Sequences `[batch]` in which a near-tied router chose other experts than torch's (None: in none),
         what else was chosen otherwise, and the smallest margin of the routers."""
         session, watch, names = self._session
-        results = sessions.run(session, feeds, self.path.name)
+        results = session(feeds)
         after = decisions(watch, dict(zip(names, results, strict=True)))
         before = {
             name: Decision(chosen[name], decision.margin, decision.near_tie, decision.scores)
@@ -59,8 +63,15 @@ class _Watched:
         return *flipped(before, after, batch), min(margins, default=np.inf)
 
 
+def in_ort(model: Path | ir.Model) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
+    """A session of its own for the whole model."""
+    name = model.name if isinstance(model, Path) else model.graph.name or ""
+    session = sessions.create_session(model, name=name)
+    return lambda feeds: sessions.run(session, feeds, name)
+
+
 def compare(
-    path: Path,
+    path: Path | ir.Model,
     source: Source,
     found: Sequence[Experts],
     runs: Sequence[Run],
@@ -69,6 +80,7 @@ def compare(
     program: Callable[..., Any] | None = None,
     alongside: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
     progress: Callable[[str], None] | None = None,
+    engine: Engine | None = None,
 ) -> VerifyRecord:
     """Runs both on every input and compares all outputs.
 
@@ -81,12 +93,14 @@ def compare(
         program: the traced program in torch; an assertion of it that fails is one that the file lacks.
         alongside: has experts modules of `found` that are no part of the source run beside it.
         progress: called with a line a run.
+        engine: how a model in memory is run; None has ORT run the file as it is.
 
     Raises:
         OutsideError: the module raises.
         ImpossibleError: the traced program refuses an input which the module takes.
     """
-    session, watched = sessions.create_session(path, name=path.name), _Watched(path)
+    answer = engine(io.load(path) if isinstance(path, Path) else path) if engine else in_ort(path)
+    watched = _Watched(path, engine or in_ort)
     total, margin, tokens, left_out, failure = Difference.none(), np.inf, 0, 0, None
     for run in runs:
         if progress is not None:
@@ -96,7 +110,7 @@ def compare(
         if program is not None:
             _run_program(program, run)
         feeds = {name: _array(value) for name, value in run.inputs.items()}
-        actual = sessions.run(session, feeds, path.name)
+        actual = answer(feeds)
         if failure is None and not any(np.isfinite(value).any() for value in expected):
             failure = f"input {run.name}: torch itself answers without any finite value, so that nothing is compared"
         worst = _worst(run, expected, actual, tolerance)

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -112,14 +113,17 @@ def is_part(model: nn.Module, entry: Experts) -> bool:
     return dict(model.named_modules()).get(entry.path) is entry.module
 
 
-def find(model: nn.Module) -> list[Experts]:
+def find(model: nn.Module, groups: int | None = None) -> list[Experts]:
     """All experts modules of the model, each tried; one in several places is there once for each. Call it before the
-    model's forward is touched."""
+    model's forward is touched.
+
+    `groups`: of experts that are tried of each module; None for all of them.
+    """
     found: dict[int, Experts] = {}
     entries = []
     for path, module in model.named_modules(remove_duplicate=False):
         if _is_experts(module):
-            known = found.get(id(module)) or found.setdefault(id(module), _recognise(path, module))
+            known = found.get(id(module)) or found.setdefault(id(module), _recognise(path, module, groups))
             entries.append(dataclasses.replace(known, path=path))
     return entries
 
@@ -130,7 +134,7 @@ def _is_experts(module: nn.Module) -> bool:
     return all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in _weights(module))
 
 
-def _recognise(path: str, module: nn.Module) -> Experts:
+def _recognise(path: str, module: nn.Module, groups: int | None) -> Experts:
     if getattr(module, "has_post_expert_norm", False):
         return Experts(path, module, None, "each expert's output is normalised")
     if getattr(module, "_is_expert_parallel", False):
@@ -142,17 +146,17 @@ def _recognise(path: str, module: nn.Module) -> Experts:
     layout = WeightLayout.IN_OUT if getattr(module, "is_transposed", False) else WeightLayout.OUT_IN
     spec = gate.classify(function, gated, layout)
     if spec is None:
-        plain = not _dispatched(module) and _agrees(module, functools.partial(by_expert, module))
+        plain = not _dispatched(module) and _agrees(module, functools.partial(by_expert, module), groups)
         return Experts(path, module, None, "its gate has no neutral form", plain)
-    if not _agrees(module, functools.partial(_call, module, spec)):
+    if not _agrees(module, functools.partial(_call, module, spec), groups):
         return Experts(path, module, None, "it computes something else than its weights and gate say")
     return Experts(path, module, spec)
 
 
 @torch.no_grad()
-def _agrees(module: nn.Module, candidate: Callable[..., Tensor]) -> bool:
-    """Whether the candidate gives the module's own answer for every expert."""
-    for values in probes(module):
+def _agrees(module: nn.Module, candidate: Callable[..., Tensor], groups: int | None) -> bool:
+    """Whether the candidate gives the module's own answer for every expert, or for the first groups of them."""
+    for values in itertools.islice(probes(module), groups):
         try:
             expected = module(*values)
         except Exception:  # whatever it raises: it is not called like this
@@ -162,15 +166,16 @@ def _agrees(module: nn.Module, candidate: Callable[..., Tensor]) -> bool:
     return True
 
 
-def probes(module: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def probes(module: nn.Module, rows: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Tokens `[T, D]`, expert_index `[T, 2]` and expert_weight `[T, 2]` that visit each expert of an experts module,
     and one expert twice with the same token. Few rows at a time: some implementations copy an expert's weights for
-    each row."""
+    each row. `rows`: at a time of transformers' modules in their plain form, which read an expert once for all rows."""
     first, second = _weights(module)
     count = first.shape[0]
     hidden = first.shape[1] if getattr(module, "is_transposed", False) else first.shape[2]
     per_row = 2 * (first.nbytes + second.nbytes) // count
-    rows = max(1, min(_PROBE_ROWS, _PROBE_BYTES // max(1, per_row)))
+    if rows is None or not _dispatched(module):
+        rows = max(1, min(_PROBE_ROWS, _PROBE_BYTES // max(1, per_row)))
     generator = torch.Generator().manual_seed(0)
     expert = torch.cat([torch.arange(count), torch.tensor([min(1, count - 1)])])
     other = torch.cat([(expert[:-1] * 7 + 1) % count, expert[-1:]])

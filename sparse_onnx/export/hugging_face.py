@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 import transformers
 from torch import nn
 
-from sparse_onnx.core.errors import ImpossibleError, ModelError, OutsideError, UsageError
+from sparse_onnx.core.errors import ImpossibleError, ModelError, OutsideError, SparseOnnxError, UsageError
 from sparse_onnx.export import random_weights as randomly
+from sparse_onnx.export.checkpoint import load as checkpoint
 from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.samples import Interface, interface_of
 from sparse_onnx.export.translate import quiet
@@ -30,6 +32,7 @@ def load(
     dtype: torch.dtype | None,
     trust_remote_code: bool,
     allow_pickle: bool,
+    stream: bool | None = False,
 ) -> tuple[nn.Module, Interface, tuple[str, ...]]:
     """The model in eval mode, its inputs, and notes on how it was made.
 
@@ -40,6 +43,7 @@ def load(
         dtype: of the weights; None takes what the checkpoint or its configuration says.
         trust_remote_code: run Python that comes with the model.
         allow_pickle: load weights that are not safetensors.
+        stream: leave the weights in their files; None does so where they would not fit into memory.
 
     Raises:
         ModelError: no or bad configuration or weights, or ones that would run code.
@@ -68,10 +72,14 @@ def load(
     else:
         if not allow_pickle:
             arguments["use_safetensors"] = True
+        entries = checkpoint.wanted(source, stream, dtype)
+        read: Any = chosen.from_pretrained
+        if entries is not None:
+            read = functools.partial(checkpoint.from_pretrained, chosen, entries=entries)
         # Mismatches come back as information then, to be refused below with the names of the weights.
         model, loaded = _load(
             source,
-            chosen.from_pretrained,
+            read,
             config=config,
             dtype=dtype or "auto",
             output_loading_info=True,
@@ -79,6 +87,8 @@ def load(
             **arguments,
         )
         notes = _complete(source, loaded)
+        if entries is not None:
+            notes += checkpoint.note(entries)
     model = model.eval()
     _only_logits(model)
     return model, _interface(source, model), notes
@@ -159,6 +169,8 @@ def _load(source: str, call: Any, **arguments: Any) -> Any:
     try:
         with quiet():
             return call(source, **arguments)
+    except SparseOnnxError:
+        raise
     except (
         Exception
     ) as error:  # transformers and huggingface_hub raise OSError, ValueError and many of their own

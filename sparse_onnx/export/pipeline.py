@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 
 from sparse_onnx import blocks
-from sparse_onnx.core.errors import ModelError, VerificationError
+from sparse_onnx.core.errors import ModelError, UsageError, VerificationError
 from sparse_onnx.core.report import Report, VerifyRecord
 from sparse_onnx.export import (
     adapters,
@@ -28,6 +28,7 @@ from sparse_onnx.export import (
     translate,
     twin,
 )
+from sparse_onnx.export.checkpoint.stored import is_stored
 from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.sources import Source, leaves
 from sparse_onnx.graph import io, stats
@@ -44,14 +45,27 @@ def run(
     opset: int,
     say: Callable[[str], None],
     given: Sequence[adapters.Named] = (),
+    link: bool = False,
 ) -> Report:
     """Traces, checks, and puts the result at `out`; `folder` is scratch space on the same file system, `given` the
-    user's adapters.
+    user's adapters. `link`: weights that a checkpoint stores as the graph wants them stay in its files.
 
     Raises:
         ImpossibleError, VerificationError: as `sparse_onnx.export` says; nothing is at `out` then.
     """
     say("finding experts")
+    if is_stored(source.module):
+        from sparse_onnx.export.checkpoint import streamed  # which uses the steps below
+
+        if given:
+            raise UsageError(
+                "adapters cannot be tried on weights that stay in their files", "leave out --stream, or --adapter"
+            )
+        # Each expert is compared once, from the file; trying all here would read all weights for it.
+        found = experts.find(source.module, groups=1)
+        notes = [*source.notes, *_about(found)]
+        say("tracing")
+        return streamed.run(source, found, notes, out, folder, opset=opset, link=link, say=say)
     adapted = adapters.adapt(source, given, share=source.owned)
     with adapted.in_place(source) as replaced:
         found = experts.find(replaced.module)
@@ -61,7 +75,7 @@ def run(
         traced = trace_of(replaced, found, opset)
     plan, plan_notes = planning.plan(source, traced.assumptions)
     notes += plan_notes
-    half = _half(source)
+    half = half_type(source)
     narrow = traced.model
     wide = narrow.clone() if half else None  # before constants are folded, and so rounded, in half precision
     say("writing")
@@ -123,7 +137,7 @@ def _about(found: list[experts.Experts]) -> list[str]:
     ]
 
 
-def _half(source: Source) -> str | None:
+def half_type(source: Source) -> str | None:
     """`float16` or `bfloat16` if any weight is."""
     for parameter in source.module.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
@@ -133,15 +147,25 @@ def _half(source: Source) -> str | None:
 
 def _finished(model: ir.Model, symbols: Mapping[str, str], found: list[experts.Experts], path: Path) -> Path:
     """Tidied, labelled, in neutral form with its functions, valid and on disk."""
+    neutral(model, symbols, found)
+    io.save(model, path)
+    check_valid(path)
+    return path
+
+
+def neutral(model: ir.Model, symbols: Mapping[str, str], found: list[experts.Experts]) -> None:
+    """Tidied, labelled, in neutral form with its functions, in place."""
     translate.tidy(model)
     translate.label(model, symbols, found)
     blocks.attach_functions(model)
-    io.save(model, path)
+
+
+def check_valid(path: Path) -> None:
+    """Raises ModelError for a file that onnx's checker refuses."""
     try:
         onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ModelError(f"the exported graph is invalid: {first_line(error)}") from error
-    return path
 
 
 def _check_half(

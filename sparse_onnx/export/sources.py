@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sparse_onnx.core.errors import ModelError, OutsideError, SparseOnnxError, UsageError
 from sparse_onnx.export import experts, settings
+from sparse_onnx.export.checkpoint import stored
 from sparse_onnx.export.failure import Terminated
 from sparse_onnx.export.samples import Interface, interface_of
 
@@ -56,9 +57,12 @@ class Source:
             name: dataclasses.replace(spec, example=_cast(spec.example, torch.float32))
             for name, spec in self.interface.inputs.items()
         }
-        return dataclasses.replace(
-            self, module=copy.deepcopy(self.module).float(), interface=Interface(inputs)
+        module = (
+            stored.widened(self.module)
+            if stored.is_stored(self.module)
+            else copy.deepcopy(self.module).float()
         )
+        return dataclasses.replace(self, module=module, interface=Interface(inputs))
 
 
 def leaves(outputs: Any) -> list[Tensor]:
@@ -73,6 +77,7 @@ def resolve(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    stream: bool | None = None,
 ) -> Source:
     """The model that SOURCE names.
 
@@ -82,6 +87,8 @@ def resolve(
         dtype: element type of weights and floating-point inputs; None keeps the source's own.
         trust_remote_code: run Python that comes with a Hugging Face model.
         allow_pickle: load pickled weights, which can run code.
+        stream: leave the weights of a Hugging Face folder in their files; None does so where they would not fit
+            into memory.
 
     Raises:
         UsageError: nothing of that form or name.
@@ -89,7 +96,7 @@ def resolve(
         OutsideError: the user's code, or the network, failed.
     """
     if os.path.isdir(source):
-        return _hugging_face(source, random_weights, dtype, trust_remote_code, allow_pickle)
+        return _hugging_face(source, random_weights, dtype, trust_remote_code, allow_pickle, stream)
     if source.startswith("zoo:"):
         found = _from_zoo(source.removeprefix("zoo:"))
     elif (match := OBJECT.fullmatch(source)) and (
@@ -99,7 +106,7 @@ def resolve(
     elif os.path.exists(source) or source.endswith((".onnx", ".py", ".safetensors", ".bin", ".pt", ".pth")):
         raise _not_a_source(source)
     elif _HUB_ID.fullmatch(source):
-        return _hugging_face(source, random_weights, dtype, trust_remote_code, allow_pickle)
+        return _hugging_face(source, random_weights, dtype, trust_remote_code, allow_pickle, stream)
     else:
         raise ModelError(
             "no such folder", "give a Hugging Face folder, zoo:NAME or FILE.py:NAME", where=source
@@ -122,7 +129,12 @@ def _not_a_source(source: str) -> SparseOnnxError:
 
 
 def _hugging_face(
-    source: str, random_weights: bool, dtype: torch.dtype | None, trust_remote_code: bool, allow_pickle: bool
+    source: str,
+    random_weights: bool,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    stream: bool | None,
 ) -> Source:
     try:
         from sparse_onnx.export import hugging_face
@@ -138,8 +150,10 @@ def _hugging_face(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
+        stream=stream,
     )
-    experts.make_callable(module)
+    if not stored.is_stored(module):  # those are in a form that takes any sizes
+        experts.make_callable(module)
     return Source(source, module, interface, is_transformers=True, notes=notes, owned=True)
 
 

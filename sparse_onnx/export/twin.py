@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.graph.external import FirstAxis, read_array, slice_first_axis
 from sparse_onnx.graph.slots import all_graphs, tensor_slots
 
 _HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -23,7 +24,7 @@ def widen(model: ir.Model) -> None:
     """Makes the model compute in float32, in place. Weights are widened when they are read."""
     for slot in tensor_slots(model):
         if slot.tensor.dtype in _HALF:
-            slot.replace(_widened(slot.tensor))
+            slot.replace(Widened(slot.tensor))
     for node in _nodes(model):
         for name in _TYPE_ATTRIBUTES:
             attribute = node.attributes.get(name)
@@ -36,13 +37,20 @@ def widen(model: ir.Model) -> None:
             value.dtype = ir.DataType.FLOAT
 
 
-def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
-    return ir.LazyTensor(
-        lambda: ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name),
-        dtype=ir.DataType.FLOAT,
-        shape=ir.Shape(tensor.shape.numpy()),
-        name=tensor.name,
-    )
+class Widened(FirstAxis):
+    """A half-precision tensor as float32, converted when it is read."""
+
+    def __init__(self, source: ir.TensorProtocol) -> None:
+        super().__init__(
+            self._whole, ir.DataType.FLOAT, ir.Shape(source.shape.numpy()), name=source.name or ""
+        )
+        self.source = source
+
+    def part(self, index: int, name: str) -> ir.TensorProtocol:
+        return Widened(slice_first_axis(self.source, index, name))
+
+    def _whole(self) -> ir.Tensor:
+        return ir.Tensor(read_array(self.source).astype(np.float32), name=self.name)
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:

@@ -50,6 +50,23 @@ class Stacked(FirstAxis):
                 file.write(part.tobytes())
 
 
+class Joined(ir.LazyTensor):
+    """Tensors one behind the other along their first axis, read one at a time. Made by `join`."""
+
+    def __init__(self, parts: Sequence[ir.TensorProtocol], name: str) -> None:
+        first = parts[0]
+        rows = sum(part.shape.numpy()[0] for part in parts)
+        super().__init__(self._whole, first.dtype, ir.Shape([rows, *first.shape.numpy()[1:]]), name=name)
+        self.parts = tuple(parts)
+
+    def _whole(self) -> ir.Tensor:
+        return ir.Tensor(
+            np.concatenate([read_array(part) for part in self.parts]), self.dtype, name=self.name
+        )
+
+    tobytes, tofile = Stacked.tobytes, Stacked.tofile
+
+
 class Transposed(FirstAxis):
     """``source`` with its last two axes swapped. Made by `transpose`."""
 
@@ -166,6 +183,24 @@ def stack(parts: Sequence[ir.TensorProtocol], name: str, transposed: bool = Fals
     return _range_of_all(parts, name) or Stacked(parts, name)
 
 
+def join(parts: Sequence[ir.TensorProtocol], name: str) -> ir.TensorProtocol:
+    """The tensors as one, ``[N1 + N2 + ..., ...]``, in this order. Nothing is read.
+
+    Raises:
+        ValueError: no parts, types or later axes differ, strings, or parts below a byte that do not end on whole bytes.
+    """
+    if not parts:
+        raise ValueError(f"no parts to join as {name!r}")
+    first = parts[0]
+    kind = first.dtype, tuple(first.shape.numpy()[1:])
+    for part in parts:
+        if not len(part.shape) or (part.dtype, tuple(part.shape.numpy()[1:])) != kind:
+            raise ValueError(f"{part.name!r} differs from {first.name!r} in shape or type")
+        if part.dtype == ir.DataType.STRING or part.size * part.dtype.bitwidth % 8:
+            raise ValueError(f"{part.name!r} ({part.dtype.name}) does not end on a whole byte")
+    return Joined(parts, name) if parts[1:] else renamed(first, name)
+
+
 def transpose(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     """The tensor with its last two axes swapped when it is read.
 
@@ -201,7 +236,7 @@ def stored(tensor: ir.TensorProtocol) -> Iterator[ir.TensorProtocol]:
 
     What is computed counts as stored: it becomes bytes of its own.
     """
-    if isinstance(tensor, Stacked):
+    if isinstance(tensor, (Stacked, Joined)):
         for part in tensor.parts:
             yield from stored(part)
     elif isinstance(tensor, Transposed):
@@ -212,7 +247,7 @@ def stored(tensor: ir.TensorProtocol) -> Iterator[ir.TensorProtocol]:
 
 def pieces(tensor: ir.TensorProtocol) -> Iterator[ir.TensorProtocol]:
     """Tensors whose bytes, one behind the other, are those of the tensor."""
-    if isinstance(tensor, Stacked):
+    if isinstance(tensor, (Stacked, Joined)):
         for part in tensor.parts:
             yield from pieces(part)
     else:
@@ -223,6 +258,8 @@ def place(tensor: ir.TensorProtocol, where: Callable[[ir.TensorProtocol], Hashab
     """What identifies the tensor's content: `where` its stored tensors are, and how they are read."""
     if isinstance(tensor, Stacked):
         return "stacked", tuple(place(part, where) for part in tensor.parts)
+    if isinstance(tensor, Joined):
+        return "joined", tuple(place(part, where) for part in tensor.parts)
     if isinstance(tensor, Transposed):
         return "transposed", place(tensor.source, where), tuple(tensor.shape.numpy())
     if isinstance(tensor, Computed):

@@ -71,11 +71,11 @@ def _between(inputs: Sequence[ir.Value], output: ir.Value) -> tuple[list[ir.Node
             raise ValueError(f"the block needs '{value.name}'")
         else:
             pending.append((value, True))
-            pending.extend((source, False) for source in _sources(node) if source not in seen)
+            pending.extend((source, False) for source in sources(node) if source not in seen)
     return nodes, constants
 
 
-def _sources(node: ir.Node) -> list[ir.Value]:
+def sources(node: ir.Node) -> list[ir.Value]:
     """Inputs of the node, and what its subgraphs use of the graphs around them."""
     found = [value for value in node.inputs if value is not None]
     for attribute in node.attributes.values():

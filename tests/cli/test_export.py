@@ -33,15 +33,18 @@ def test_nothing_is_trusted_unless_asked(received: dict[str, Any]) -> None:
         "dtype": None,
         "trust_remote_code": False,
         "allow_pickle": False,
+        "stream": None,
+        "weights": "copy",
         "progress": None,
     }
 
 
 def test_every_option(received: dict[str, Any]) -> None:
     arguments = ["org/name", "m.onnx", "--random-weights", "--dtype", "float16", "--opset", "21"]
-    arguments += ["--trust-remote-code", "--allow-pickle"]
+    arguments += ["--trust-remote-code", "--allow-pickle", "--no-stream", "--weights", "link"]
     assert CliRunner().invoke(main, ["export", *arguments]).exit_code == 0
     assert (received["random_weights"], received["dtype"], received["opset"]) == (True, "float16", 21)
+    assert (received["stream"], received["weights"]) == (False, "link")
     assert (
         received["trust_remote_code"] is received["allow_pickle"] is True and received["progress"] is not None
     )

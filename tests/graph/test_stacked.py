@@ -20,7 +20,17 @@ from sparse_onnx.core.errors import ModelError
 from sparse_onnx.graph import stats
 from sparse_onnx.graph.external import read_array, slice_first_axis
 from sparse_onnx.graph.io import load, save
-from sparse_onnx.graph.stacked import Computed, Slices, computed, interleave, read_slices, stack, transpose
+from sparse_onnx.graph.stacked import (
+    Computed,
+    Slices,
+    computed,
+    interleave,
+    join,
+    pieces,
+    read_slices,
+    stack,
+    transpose,
+)
 
 ARRAY = np.random.default_rng(0).standard_normal((4, 24, 16)).astype(np.float32)
 GAP = 64
@@ -315,3 +325,28 @@ def test_writing_costs_one_part(tmp_path: Path) -> None:
         assert turns is not None
         pair = read_array(turns)[3]
         assert pair[0, 1] == 7 and pair[1, 1] == 8 and not pair[2:].any()
+
+
+def test_joined_parts_are_written_as_the_ranges_that_they_are(tmp_path: Path) -> None:
+    """Of other lengths each; a stack of such pairs is what packed gate and up projections are."""
+    parts = external(tmp_path)
+    rows = ir.Tensor(ARRAY[0, :5], name="rows")
+    joined = join([parts[0], rows, parts[2]], "joined")
+    expected = np.concatenate([ARRAY[0], ARRAY[0, :5], ARRAY[2]])
+    assert list(pieces(joined)) == [parts[0], rows, parts[2]]
+    assert np.array_equal(read_array(joined), expected) and joined.tobytes() == expected.tobytes()
+    packed = stack([join(parts[:2], "a"), join(parts[2:], "b")], "packed")
+    assert [each.name for each in pieces(packed)] == [part.name for part in parts]
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 20}, name="joined")
+    for tensor in (joined, packed):
+        graph.register_initializer(ir.Value(name=tensor.name, const_value=tensor))
+    (tmp_path / "out").mkdir()
+    save(ir.Model(graph, ir_version=10), tmp_path / "out" / "m.onnx")
+    again = load(tmp_path / "out" / "m.onnx").graph.initializers
+    assert np.array_equal(read_array(again["joined"].const_value), expected)
+    assert np.array_equal(read_array(again["packed"].const_value), ARRAY.reshape(2, 48, 16))
+    assert read_array(join([parts[1]], "one")).tobytes() == ARRAY[1].tobytes()
+    with pytest.raises(ValueError, match="differs"):
+        join([parts[0], ir.Tensor(np.zeros((2, 3), np.float32), name="narrow")], "wrong")
+    with pytest.raises(ValueError, match="no parts"):
+        join([], "none")
