@@ -1,0 +1,366 @@
+"""What is known of a program's tensors where a condition is not met.
+
+Three kinds of facts: a tensor (or its slice at some index) is all zero or false; it holds a certain integer
+nowhere; a size is 0. `assume_*` derives facts from a condition, backwards through the operators that led to
+it: `mask.any()` is false, hence `mask` is all false; `mask` was `index == 3`, hence `index` holds no 3. The
+questions `zero`, `lacks` and `empty` go forward again, from these facts to other tensors.
+
+Every step is an equivalence of the operators involved, on tensors that were not written to in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from sparse_onnx.export.lifting import views
+from sparse_onnx.export.lifting.program import Program, expression, name_of, value_of
+
+#: A slice: dimension -> index.
+At = Mapping[int, int]
+_ALL: At = {}
+
+_REDUCTIONS = ("aten::any", "aten::sum", "aten::count_nonzero", "aten::amax", "aten::max")
+_NON_NEGATIVE = (
+    "aten::one_hot",
+    "aten::bincount",
+    "aten::softmax",
+    "aten::_softmax",
+    "aten::sigmoid",
+    "aten::relu",
+    "aten::abs",
+    "aten::count_nonzero",
+    "aten::any",
+    "aten::zeros",
+    "aten::zeros_like",
+    "aten::new_zeros",
+)
+#: All zero where their first argument is.
+_KEEP_ZERO = (
+    "aten::slice",
+    "aten::index",
+    "aten::gather",
+    "aten::index_select",
+    "aten::expand",
+    "aten::repeat",
+    "aten::cumsum",
+    "aten::abs",
+    "aten::neg",
+    "aten::relu",
+    "aten::masked_select",
+)
+_PICKS = ("aten::slice", "aten::index", "aten::gather", "aten::index_select", "aten::expand", "aten::repeat")
+_DEPTH = 60
+
+
+class Facts:
+    """Facts of one program, under one condition."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._zero: list[tuple[fx.Node, dict[int, int]]] = []
+        self._lacks: list[tuple[fx.Node, dict[int, int], int]] = []
+        self._sizes: set[sympy.Symbol] = set()
+        self._asked: set[Any] = set()
+
+    def assume(self, condition: Any, truth: bool) -> None:
+        """A condition of the trace - a tensor's node, or a size's or truth's formula - that is so."""
+        if isinstance(condition, fx.Node):
+            value = value_of(condition)
+            if isinstance(value, Tensor):
+                self.assume_true(condition) if truth else self.assume_zero(condition)
+                return
+            condition = expression(condition)
+        if condition is not None:
+            self._assume_formula(condition if truth else _negated(condition))
+
+    def assume_zero(self, node: fx.Node, at: At = _ALL, depth: int = 0) -> None:
+        """All of the tensor, or of its slice, is zero or false."""
+        node, at = views.base(self.program, node, at)
+        self._zero.append((node, dict(at)))
+        if depth > _DEPTH or not self.program.current(node):
+            return
+        name, source = name_of(node), node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or not self.program.unchanged_since(source, node):
+            return
+        follow = depth + 1
+        if name in _REDUCTIONS:
+            inner = views.before_reduction(node, at)
+            if inner is not None and (name in ("aten::any", "aten::count_nonzero") or self.non_negative(source)):
+                self.assume_zero(source, inner, follow)
+        elif name in ("aten::gt", "aten::ne", "aten::ge"):
+            other = node.args[1]
+            least = 1 if name == "aten::ge" else 0
+            if _number(other) == least and (name == "aten::ne" or self.non_negative(source)):
+                if least == 0 or _is_integer(source):
+                    self.assume_zero(source, at, follow)
+        elif name == "aten::item" or name == "aten::_local_scalar_dense":
+            self.assume_zero(source, _ALL, follow)
+        elif name in ("aten::logical_not", "aten::bitwise_not"):
+            if not at and (name == "aten::logical_not" or _is_bool(source)):
+                self.assume_true(source, follow)
+        elif name in ("aten::logical_or", "aten::bitwise_or"):
+            for each in node.args[:2]:
+                if isinstance(each, fx.Node) and not at and self.program.unchanged_since(each, node):
+                    self.assume_zero(each, _ALL, follow)
+        else:
+            self._assume_no_match(node, at, follow)
+
+    def _assume_no_match(self, node: fx.Node, at: At, depth: int) -> None:
+        """Of `index == expert` and its kin: the expert is nowhere in the index."""
+        for index, inner, expert in self._matches(node, at):
+            self.assume_lacks(index, inner, expert, depth)
+
+    def _matches(self, node: fx.Node, at: At) -> list[tuple[fx.Node, At, int]]:
+        """`(index, slice, number)` such that this node's slice is all zero exactly where the index's holds the
+        number nowhere."""
+        name, args = name_of(node), node.args
+        source = args[0] if args else None
+        if not isinstance(source, fx.Node) or not self.program.unchanged_since(source, node):
+            return []
+        if name == "aten::eq":
+            return self._equal(node, at)
+        rank = value_of(node).dim() if isinstance(value_of(node), Tensor) else 0
+        if name == "aten::one_hot" and rank - 1 in at and _is_integer(source):
+            return [(source, {dim: i for dim, i in at.items() if dim != rank - 1}, at[rank - 1])]
+        if name == "aten::bincount" and 0 in at and (len(args) < 2 or args[1] is None):
+            return [(source, _ALL, at[0])]
+        if name in ("aten::scatter", "aten::scatter_") and len(args) == 4:
+            dim, index, value = args[1], args[2], args[3]
+            number = _number(value)
+            dim = dim % rank if isinstance(dim, int) else -1
+            blank = name_of(source) in ("aten::zeros", "aten::zeros_like", "aten::new_zeros")
+            if set(at) == {dim} and number and blank and isinstance(index, fx.Node):
+                if self.program.unchanged_since(index, node):
+                    return [(index, _ALL, at[dim])]
+        return []
+
+    def _equal(self, node: fx.Node, at: At) -> list[tuple[fx.Node, At, int]]:
+        left, right = node.args[0], node.args[1]
+        number = _number(right)
+        if number is None and isinstance(right, fx.Node):
+            constant = self.program.constant(right)
+            if constant is not None and constant.numel() == 1 and not constant.is_floating_point():
+                number = int(constant)
+        if number is not None and float(number).is_integer():
+            same = value_of(left).dim() == value_of(node).dim()
+            return [(left, at if same else _ALL, int(number))] if same or not at else []
+        for index, classes in ((left, right), (right, left)):
+            if isinstance(classes, fx.Node) and isinstance(index, fx.Node):
+                found = self._one_of(node, index, classes, at)
+                if found is not None:
+                    return [found]
+        return []
+
+    def _one_of(self, node: fx.Node, index: fx.Node, classes: fx.Node, at: At) -> tuple[fx.Node, At, int] | None:
+        """`index[..., None] == arange(E)` at one of the classes."""
+        numbers, rank = views.counting(self.program, classes), value_of(node).dim()
+        if numbers is None or value_of(index).dim() != rank:
+            return None
+        dim = rank - value_of(classes).dim() + numbers
+        if set(at) != {dim} or value_of(index).shape[dim] != 1:
+            return None
+        return index, _ALL, at[dim]
+
+    def assume_lacks(self, node: fx.Node, at: At, number: int, depth: int = 0) -> None:
+        """The tensor, or its slice, holds this integer nowhere."""
+        node, at = views.base(self.program, node, at)
+        self._lacks.append((node, dict(at), number))
+        source = views.same_values(node)
+        if source is not None and depth < _DEPTH and self.program.unchanged_since(source, node):
+            self.assume_lacks(source, _ALL, number, depth + 1)
+
+    def assume_true(self, node: fx.Node, depth: int = 0) -> None:
+        """No element of the tensor is zero or false."""
+        node, at = views.base(self.program, node, _ALL)
+        name, source = name_of(node), node.args[0] if node.args else None
+        if at or depth > _DEPTH or not isinstance(source, fx.Node):
+            return
+        if not self.program.current(node) or not self.program.unchanged_since(source, node):
+            return
+        if name == "aten::logical_not" or (name == "aten::bitwise_not" and _is_bool(source)):
+            self.assume_zero(source, _ALL, depth + 1)
+        elif name in ("aten::all", "aten::item", "aten::_local_scalar_dense"):
+            self.assume_true(source, depth + 1)
+        elif name in ("aten::logical_and", "aten::bitwise_and") and _is_bool(node):
+            for each in node.args[:2]:
+                if isinstance(each, fx.Node) and self.program.unchanged_since(each, node):
+                    self.assume_true(each, depth + 1)
+        elif name in ("aten::eq", "aten::le", "aten::lt"):
+            limit = 1 if name == "aten::lt" else 0
+            whole = name != "aten::lt" or _is_integer(source)
+            if _number(node.args[1]) == limit and whole and (name == "aten::eq" or self.non_negative(source)):
+                self.assume_zero(source, _ALL, depth + 1)
+
+    def _assume_formula(self, formula: Any) -> None:
+        if isinstance(formula, sympy.And):
+            for each in formula.args:
+                self._assume_formula(each)
+            return
+        symbols = list(getattr(formula, "free_symbols", ()))
+        if len(symbols) != 1 or not isinstance(formula, sympy.core.relational.Relational):
+            return
+        symbol = symbols[0]
+        difference = sympy.expand(formula.lhs - formula.rhs)
+        # A linear relation holds on a half-line or in one point: where 0 is in it and 1 is not, 0 is all of it.
+        if not difference.is_polynomial(symbol) or sympy.degree(difference, symbol) != 1:
+            return
+        if formula.subs(symbol, 0) == sympy.true and formula.subs(symbol, 1) == sympy.false:
+            made = self.program.made.get(symbol)
+            if made is None or not (isinstance(formula, sympy.Eq) or self._counts(symbol, made)):
+                return
+            self._sizes.add(symbol)
+            self._no_rows(symbol, made)
+
+    def _counts(self, symbol: sympy.Symbol, made: fx.Node) -> bool:
+        """Whether the symbol is never negative: a size, or the value of a tensor that is not."""
+        if isinstance(value_of(made), Tensor) or isinstance(value_of(made), (list, tuple)):
+            return True
+        source = made.args[0] if made.args else None
+        return isinstance(source, fx.Node) and self.non_negative(source)
+
+    def _no_rows(self, symbol: sympy.Symbol, made: fx.Node) -> None:
+        """What a size of 0 says of the tensors that it came from."""
+        mask = views.selecting_mask(made, symbol)
+        if mask is not None and self.program.unchanged_since(mask, made):
+            self.assume_zero(mask)
+        elif name_of(made) in ("aten::item", "aten::_local_scalar_dense"):
+            source = made.args[0]
+            if isinstance(source, fx.Node) and self.program.unchanged_since(source, made):
+                self.assume_zero(source)
+
+    def non_negative(self, node: Any, depth: int = 0) -> bool:
+        """Whether no element is ever below zero."""
+        if not isinstance(node, fx.Node):
+            number = _number(node)
+            return number is not None and number >= 0
+        value = value_of(node)
+        if not isinstance(value, Tensor) or depth > _DEPTH or not self.program.current(node):
+            return False
+        if value.dtype in (torch.bool, torch.uint8) or name_of(node) in _NON_NEGATIVE:
+            return True
+        if name_of(node) in ("aten::sum", "aten::cumsum", *_PICKS) or views.is_copy(node):
+            return self.non_negative(node.args[0], depth + 1)
+        if name_of(node) in ("aten::mul", "aten::add", "aten::div") and len(node.args) == 2:
+            return all(self.non_negative(each, depth + 1) for each in node.args)
+        below, _ = views.base(self.program, node, _ALL)
+        return below is not node and self.non_negative(below, depth + 1)
+
+    def zero(self, node: Any, at: At = _ALL, depth: int = 0) -> bool:
+        """Whether all of the tensor's slice is exactly zero, or false, under the facts."""
+        if not isinstance(node, fx.Node) or depth > _DEPTH:
+            return _number(node) == 0
+        node, at = views.base(self.program, node, at)
+        if any(known is node and _covers(where, at) for known, where in self._zero):
+            return True
+        if not self.program.current(node):
+            return False
+        follow = depth + 1
+        name, args = name_of(node), node.args
+
+        def known(value: Any, where: At = at) -> bool:
+            fresh = not isinstance(value, fx.Node) or self.program.unchanged_since(value, node)
+            return fresh and self.zero(value, where, follow)
+
+        if name in ("aten::zeros", "aten::zeros_like", "aten::new_zeros"):
+            return True
+        if any(self.lacks(index, inner, number, follow) for index, inner, number in self._matches(node, at)):
+            return True
+        if name in _KEEP_ZERO or views.is_copy(node):
+            return known(args[0], _ALL)
+        if name in _REDUCTIONS:
+            inner = views.before_reduction(node, at)
+            return inner is not None and known(args[0], inner)
+        if name in ("aten::gt", "aten::ne", "aten::ge"):
+            return _number(args[1]) == (1 if name == "aten::ge" else 0) and known(args[0])
+        if name in ("aten::logical_and", "aten::bitwise_and", "aten::mul"):
+            # Zero times infinity is not zero.
+            finite = name != "aten::mul" or not value_of(node).dtype.is_floating_point
+            return finite and any(known(each, self._aligned(node, each, at)) for each in args[:2])
+        if name in ("aten::logical_or", "aten::bitwise_or", "aten::add", "aten::sub"):
+            return all(known(each, self._aligned(node, each, at)) for each in args[:2])
+        return False
+
+    def _aligned(self, node: fx.Node, operand: Any, at: At) -> At:
+        """The slice of an operand of the same rank; all of one that is broadcast."""
+        value = value_of(operand)
+        same = isinstance(value, Tensor) and value.shape == value_of(node).shape
+        return at if same else _ALL
+
+    def lacks(self, node: Any, at: At, number: int, depth: int = 0) -> bool:
+        """Whether the tensor's slice holds this integer nowhere."""
+        if not isinstance(node, fx.Node) or depth > _DEPTH:
+            return False
+        node, at = views.base(self.program, node, at)
+        if any(known is node and value == number and _covers(where, at) for known, where, value in self._lacks):
+            return True
+        source = views.same_values(node)
+        if source is None and name_of(node) in _PICKS:
+            source = node.args[0]
+        if not isinstance(source, fx.Node) or not self.program.current(node):
+            return False
+        return self.program.unchanged_since(source, node) and self.lacks(source, _ALL, number, depth + 1)
+
+    def reduced(self, formula: Any, depth: int = 0) -> Any:
+        """A size with every symbol that is known to be 0 put in."""
+        if formula is None:
+            return None
+        for symbol in list(getattr(formula, "free_symbols", ())):
+            if self._size_is_zero(symbol, depth):
+                formula = formula.subs(symbol, 0)
+        return formula
+
+    def _size_is_zero(self, symbol: sympy.Symbol, depth: int) -> bool:
+        if symbol in self._sizes:
+            return True
+        made = self.program.made.get(symbol)
+        if made is None or depth > _DEPTH:
+            return False
+        mask, zero = views.selecting_mask(made, symbol), False
+        if mask is not None:
+            zero = self.program.unchanged_since(mask, made) and self.zero(mask)
+        elif name_of(made) in ("aten::item", "aten::_local_scalar_dense"):
+            source = made.args[0]
+            zero = self.program.unchanged_since(source, made) and self.zero(source)
+        elif name_of(made) == "aten::slice" and len(made.args) >= 4:
+            start, end = (self.reduced(expression(each), depth + 1) for each in made.args[2:4])
+            zero = start is not None and start == end
+        if zero:
+            self._sizes.add(symbol)
+        return zero
+
+    def empty(self, node: Any) -> bool:
+        """Whether the tensor has no element."""
+        value = value_of(node)
+        if not isinstance(value, Tensor):
+            return False
+        return any(self.reduced(expression(size)) == 0 for size in value.shape)
+
+    def shape(self, node: Any) -> list[Any]:
+        return [self.reduced(expression(size)) for size in value_of(node).shape]
+
+
+def _covers(known: At, asked: At) -> bool:
+    return all(asked.get(dim) == index for dim, index in known.items())
+
+
+def _negated(formula: Any) -> Any:
+    return sympy.Not(formula) if isinstance(formula, (sympy.logic.boolalg.Boolean, bool)) else sympy.Eq(formula, 0)
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) else None
+
+
+def _is_integer(node: Any) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and not value.dtype.is_floating_point and not value.dtype.is_complex
+
+
+def _is_bool(node: Any) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.dtype == torch.bool

@@ -1,0 +1,98 @@
+"""Values that stand for what only one side of a branch has, or that only some of the inputs have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparse_onnx.core.errors import ImpossibleError
+
+#: File, line, and the line's text.
+Place = tuple[str, int, str]
+
+
+def written(place: Place) -> str:
+    return f"{place[0]}:{place[1]}: `{place[2]}`"
+
+
+def refuse(place: Place, reason: str, hint: str) -> ImpossibleError:
+    """An error that names the user's line."""
+    return ImpossibleError(f"{written(place)} {reason}", hint)
+
+
+def _raising(name: str) -> Any:
+    def raises(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise self._error()
+
+    raises.__name__ = name
+    return raises
+
+
+class Undefined:
+    """A variable that is another thing on each side of a branch. Any use of it is refused."""
+
+    def __init__(self, name: str, place: Place) -> None:
+        self.__dict__.update(name=name, place=place)
+
+    def _error(self) -> ImpossibleError:
+        name = self.__dict__["name"]
+        return refuse(
+            self.__dict__["place"],
+            f"depends on tensor values and leaves '{name}' in two ways that cannot be one value",
+            f"give '{name}' tensors of one shape and type on both sides, or write an adapter (--adapter)",
+        )
+
+
+for _name in (
+    "__getattr__ __setattr__ __call__ __bool__ __len__ __iter__ __getitem__ __setitem__ __contains__ __eq__ __ne__ __lt__ "
+    "__le__ __gt__ __ge__ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ "
+    "__rtruediv__ __itruediv__ __floordiv__ __rfloordiv__ __mod__ __rmod__ __pow__ __matmul__ __rmatmul__ __and__ __or__ "
+    "__xor__ __invert__ __neg__ __index__ __int__ __float__ __str__ __format__ __hash__ __torch_function__"
+).split():
+    setattr(Undefined, _name, _raising(_name))
+
+
+class SomeItems(list):  # type: ignore[type-arg]
+    """A list whose items a branch may have appended. Those that were appended for nothing are empty tensors:
+    a concatenation along their empty axis is right with them; all else is refused."""
+
+    place: Place | None = None
+
+    def _error(self) -> ImpossibleError:
+        assert self.place is not None
+        return refuse(
+            self.place,
+            "depends on tensor values and decides how many items a list has",
+            "concatenate the list along its first axis, or write an adapter (--adapter)",
+        )
+
+
+def _guarded(name: str) -> Any:
+    plain = getattr(list, name)
+
+    def method(self: SomeItems, *args: Any, **kwargs: Any) -> Any:
+        if self.place is not None:
+            raise self._error()
+        return plain(self, *args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+for _name in (
+    "__len__ __iter__ __getitem__ __setitem__ __delitem__ __contains__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __add__ "
+    "__iadd__ __mul__ __rmul__ __imul__ __reversed__ copy count index insert pop remove reverse sort"
+).split():
+    setattr(SomeItems, _name, _guarded(_name))
+
+
+def _bool(self: SomeItems) -> bool:
+    return len(self) > 0
+
+
+def _radd(self: SomeItems, other: Any) -> Any:
+    return other + list(self)
+
+
+SomeItems.__bool__ = _bool  # type: ignore[attr-defined]
+SomeItems.__radd__ = _radd  # type: ignore[attr-defined]
+SomeItems.__hash__ = None  # type: ignore[assignment]
