@@ -14,7 +14,7 @@ import torch
 from sparse_onnx import blocks
 from sparse_onnx.core.errors import ModelError, VerificationError
 from sparse_onnx.core.report import Report, VerifyRecord
-from sparse_onnx.export import block_check, check, experts, planning, samples, trace, translate, twin
+from sparse_onnx.export import attempts, block_check, check, experts, planning, samples, trace, translate, twin
 from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.sources import Source, leaves
 from sparse_onnx.graph import io, stats
@@ -33,8 +33,7 @@ def run(source: Source, out: Path, folder: Path, *, opset: int, say: Callable[[s
     found = experts.find(source.module)
     notes = [*source.notes, *_about(found)]
     say("tracing")
-    traced = trace.trace(source, found, opset)
-    plan, plan_notes = planning.plan(source, traced.assumptions)
+    traced, plan, plan_notes = attempts.trace(source, found, opset)
     notes += plan_notes
     half = _half(source)
     narrow = traced.model

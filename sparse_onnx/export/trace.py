@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_onnx.core.errors import ImpossibleError
-from sparse_onnx.export import experts, guards, translate
+from sparse_onnx.export import experts, guards, lifting, translate
 from sparse_onnx.export.failure import root_line
 from sparse_onnx.export.samples import Interface
 from sparse_onnx.export.sources import Source, leaves
@@ -37,10 +37,17 @@ class Traced:
     program: Callable[..., Any]
     assumptions: list[guards.Guard]
     symbols: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
-def trace(source: Source, found: list[experts.Experts], opset: int) -> Traced:
+def trace(source: Source, found: list[experts.Experts], opset: int, *, lift: bool = False) -> Traced:
     """Traces the source at sizes that are pairwise different and at least 2, all dynamic axes free.
+
+    Args:
+        source: what to trace.
+        found: its experts modules.
+        opset: version of the ONNX operators.
+        lift: lift its data-dependent Python control flow.
 
     Raises:
         ImpossibleError: torch.export or torch.onnx cannot follow the model, or they fix the size of a dynamic
@@ -54,6 +61,10 @@ def trace(source: Source, found: list[experts.Experts], opset: int) -> Traced:
     with translate.quiet(), experts.hooked(found), _refused():
         if source.is_transformers:
             return _trace_transformers(source, inputs, shapes, opset)
+        if lift:
+            with lifting.lifted(source.module) as lifted:
+                traced = _trace_module(source, inputs, shapes, opset)
+            return dataclasses.replace(traced, notes=tuple(lifted.notes))
         return _trace_module(source, inputs, shapes, opset)
 
 
@@ -63,7 +74,9 @@ def _trace_module(source: Source, inputs: dict[str, Tensor], shapes: dict[str, A
     runnable, assumptions = program.module(), guards.guards_of(program, source.interface)
     symbols = _symbols(program, source.interface)
     names = _output_names(source.forward(inputs), inputs)
-    model = translate.to_onnx(program, opset=opset, input_names=list(inputs), output_names=names)
+    # With gradients torch traces each branch of a condition once more, and stumbles over sizes made in it.
+    with torch.no_grad():
+        model = translate.to_onnx(program, opset=opset, input_names=list(inputs), output_names=names)
     return Traced(model, runnable, assumptions, symbols)
 
 

@@ -13,23 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from sparse_onnx.export.lifting import functions
+from sparse_onnx.export.lifting import functions, intercept
 from sparse_onnx.export.lifting.runtime import Runtime
 from sparse_onnx.export.lifting.values import SomeItems
 
 __all__ = ["lifted"]
-
-
-class _Lists(TorchFunctionMode):
-    """torch reads lists past their methods, so that one of an unknown number of items is caught here."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for each in (*args, *(kwargs or {}).values()):
-            if isinstance(each, SomeItems) and each.place is not None:
-                raise each._error()
-        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -52,7 +41,7 @@ def lifted(module: nn.Module) -> Iterator[Runtime]:
 
         @functools.wraps(whole)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with _Lists():
+            with intercept.Calls():
                 result = _plain(whole(*args, **kwargs))
             runtime.finish()
             return result

@@ -19,10 +19,27 @@ def tracing() -> Any:
     return proxy_tensor.get_proxy_mode()
 
 
+_ALIASES = {
+    "aten::greater": "aten::gt",
+    "aten::greater_equal": "aten::ge",
+    "aten::less": "aten::lt",
+    "aten::less_equal": "aten::le",
+    "aten::not_equal": "aten::ne",
+    "aten::multiply": "aten::mul",
+    "aten::concat": "aten::cat",
+    "aten::concatenate": "aten::cat",
+    "aten::swapdims": "aten::swapaxes",
+    "aten::moveaxis": "aten::movedim",
+    "aten::__and__": "aten::bitwise_and",
+    "aten::__or__": "aten::bitwise_or",
+}
+
+
 def name_of(node: Any) -> str:
     """`aten::index_add_` and the like; empty for what is no operator."""
     schema = getattr(getattr(node, "target", None), "_schema", None)
-    return schema.name if schema is not None and node.op == "call_function" else ""
+    name = schema.name if schema is not None and node.op == "call_function" else ""
+    return _ALIASES.get(name, name)
 
 
 def value_of(node: Any) -> Any:

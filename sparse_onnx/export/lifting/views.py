@@ -58,6 +58,8 @@ def _before(program: Program, node: fx.Node, at: dict[int, int]) -> tuple[fx.Nod
         return source, _selected(at, args[1] % before.dim(), args[2], before)
     if name == "aten::index" and shared:
         return _constant_index(program, node, at)
+    if name == "aten::slice":
+        return _single(node, at)
     if name == "aten::unsqueeze":
         dim = args[1] % value_of(node).dim()
         return source, {d - (d > dim): i for d, i in at.items() if d != dim}
@@ -85,6 +87,16 @@ def _of_sequence(node: fx.Node, at: dict[int, int]) -> tuple[fx.Node, dict[int, 
     before = value_of(source)
     dim = sequence.args[1] if len(sequence.args) > 1 else 0
     return source, _selected(at, int(dim) % before.dim(), index, before)  # type: ignore[arg-type]
+
+
+def _single(node: fx.Node, at: Mapping[int, int]) -> tuple[fx.Node, dict[int, int]] | None:
+    """`x[3:4]` is `x[3]`."""
+    source, (dim, start, end) = node.args[0], (*node.args[1:4], 0, None, None)[:3]
+    plain = all(isinstance(each, int) for each in (dim, start, end)) and len(node.args) <= 4
+    if not plain or not isinstance(source, fx.Node) or not 0 <= start == end - 1:  # type: ignore[operator]
+        return None
+    dim = int(dim) % value_of(source).dim()  # type: ignore[call-overload]
+    return source, {**{d: i for d, i in at.items() if d != dim}, dim: int(start)}  # type: ignore[call-overload]
 
 
 def _selected(at: Mapping[int, int], dim: int, index: int, before: Tensor) -> dict[int, int]:

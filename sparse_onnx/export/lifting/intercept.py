@@ -1,0 +1,58 @@
+"""Calls of torch that C code makes, or that a rewritten call cannot see: indexing, lists read past their methods."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from sparse_onnx.export.lifting.values import SomeItems
+
+_NUMBERS = {
+    Tensor.__index__: operator.index,
+    Tensor.__int__: int,
+    Tensor.__float__: float,
+    Tensor.__bool__: bool,
+    Tensor.item: Tensor.item,
+    Tensor.tolist: Tensor.tolist,
+}
+
+
+class Calls(TorchFunctionMode):
+    """Lists of an unknown number of items are refused; constants of the trace stay constants, where torch would
+    have it forget their value."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for each in (*args, *(kwargs or {}).values()):
+            if isinstance(each, SomeItems) and each.place is not None:
+                raise each._error()
+        if func in _NUMBERS and args and (constant := _constant(args[0])) is not None:
+            return _NUMBERS[func](constant)
+        if func is Tensor.__getitem__ or func is Tensor.__setitem__:
+            args = (args[0], _plain(args[1]), *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _constant(value: Any) -> Tensor | None:
+    """The value of a tensor that the trace knows."""
+    found = getattr(value, "constant", None) if isinstance(value, torch._subclasses.FakeTensor) else None
+    return found if isinstance(found, Tensor) else None
+
+
+def _plain(index: Any) -> Any:
+    """An index with one constant tensor of one number as that number, or as the slice that picks it."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    tensors = [position for position, each in enumerate(parts) if isinstance(each, (Tensor, list))]
+    if len(tensors) != 1:
+        return index
+    constant = _constant(parts[tensors[0]])
+    if constant is None or constant.numel() != 1 or constant.dim() > 1 or constant.dtype in (torch.bool, torch.uint8):
+        return index
+    number = int(constant)
+    if number < 0:
+        return index
+    parts[tensors[0]] = number if constant.dim() == 0 else slice(number, number + 1)
+    return tuple(parts) if isinstance(index, tuple) else parts[0]
