@@ -16,7 +16,7 @@ from torch import nn
 
 from sparse_onnx.export.lifting import functions, intercept
 from sparse_onnx.export.lifting.runtime import Runtime
-from sparse_onnx.export.lifting.values import SomeItems
+from sparse_onnx.export.lifting.values import SomeItems, Undefined
 
 __all__ = ["lifted"]
 
@@ -60,6 +60,8 @@ def lifted(module: nn.Module) -> Iterator[Runtime]:
 
 def _plain(value: Any) -> Any:
     """Outputs with lists of Python's own kind."""
+    if type(value) is Undefined:
+        raise value._error()
     if isinstance(value, SomeItems):
         return [_plain(each) for each in value]
     if type(value) in (tuple, list):

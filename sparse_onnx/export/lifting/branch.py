@@ -125,7 +125,9 @@ class Lifted:
         if not isinstance(merged, str):
             return merged
         if fallback is not None:
-            return self._keep(*fallback)
+            taken, skipped, values = fallback
+            unclear = {name: Undefined(name, self.place, merged) for name in values if _undefined(values[name])}
+            return self._keep(taken, skipped, {**values, **unclear})
         raise refuse(
             self.place,
             f"depends on tensor values, and its two sides cannot be one graph: {merged}",

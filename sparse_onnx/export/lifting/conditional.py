@@ -16,11 +16,20 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from sparse_onnx.export.lifting import graph_edits
-from sparse_onnx.export.lifting.program import Sym, storage, tracing, value_of, writes
+from sparse_onnx.export.lifting.program import Sym, name_of, storage, tracing, value_of, writes
 from sparse_onnx.export.lifting.values import Undefined
 
 if TYPE_CHECKING:
     from sparse_onnx.export.lifting.branch import Lifted, Side
+
+
+_ASSERTIONS = (
+    "aten::_assert_scalar",
+    "aten::_assert_async",
+    "aten::_assert_tensor_metadata",
+    "aten::sym_constrain_range",
+    "aten::sym_constrain_range_for_size",
+)
 
 
 def merge(branch: Lifted) -> dict[str, Any] | str:
@@ -139,7 +148,7 @@ class _Part:
         self.problem = ""
         if len(self.written) != len(lasting):
             self.problem = "one of them writes to memory under two names"
-        if any(node.op == "call_function" and node.is_impure() and not writes(node) and _random(node) for node in side.nodes):
+        if any(_random(node) for node in side.nodes):
             self.problem = "one of them draws random numbers"
         self.read = read
 
@@ -168,7 +177,7 @@ class _Part:
                     made[node] = _copied(graph, made[node])
             latest: dict[fx.Node, fx.Node] = {node: made[node] for node in written}
             for node in nodes:
-                if node.is_impure() and not writes(node) and not node.users and node.op == "call_function":
+                if name_of(node) in _ASSERTIONS:
                     continue
                 made[node] = graph.node_copy(node, lambda each: made[self._root(each)])
             outputs = [_copied(graph, made[each]) for each in ends] + [latest[node] for node in written]
@@ -186,6 +195,9 @@ class _Part:
 
 
 def _random(node: fx.Node) -> bool:
+    """Whether an operator draws numbers; dropout does so in training only."""
+    if name_of(node).endswith("dropout") and len(node.args) == 3 and node.args[2] is False:
+        return False
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from sparse_onnx.export.lifting import einsum
 from sparse_onnx.export.lifting.values import SomeItems
 
 _NUMBERS = {
@@ -33,6 +34,8 @@ class Calls(TorchFunctionMode):
             return _NUMBERS[func](constant)
         if func is Tensor.__getitem__ or func is Tensor.__setitem__:
             args = (args[0], _plain(args[1]), *args[2:])
+        if func is torch.functional.einsum and (made := einsum.kept(*args)) is not None:
+            return made
         return func(*args, **(kwargs or {}))
 
 

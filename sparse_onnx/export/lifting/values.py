@@ -30,15 +30,18 @@ def _raising(name: str) -> Any:
 class Undefined:
     """A variable that is another thing on each side of a branch. Any use of it is refused."""
 
-    def __init__(self, name: str, place: Place) -> None:
-        self.__dict__.update(name=name, place=place)
+    def __init__(self, name: str, place: Place, reason: str = "") -> None:
+        self.__dict__.update(name=name, place=place, reason=reason)
 
     def _error(self) -> ImpossibleError:
-        name = self.__dict__["name"]
+        name, reason = self.__dict__["name"], self.__dict__["reason"]
+        own = name.startswith("__sparse_result")
+        what = "gives two results" if own else f"leaves '{name}' in two ways"
         return refuse(
             self.__dict__["place"],
-            f"depends on tensor values and leaves '{name}' in two ways that cannot be one value",
-            f"give '{name}' tensors of one shape and type on both sides, or write an adapter (--adapter)",
+            f"depends on tensor values and {what} that cannot be one value{reason and ': '}{reason}",
+            f"give {'' if own else repr(name) + ' '}tensors of one shape and type on both sides, "
+            "or write an adapter (--adapter)",
         )
 
 

@@ -293,6 +293,17 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([DecoderLayer(MixtralContinue()) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 MODULES: dict[str, Build] = {
     "loop_where": case(MistralReference),
     "loop_continue": case(MixtralContinue),
@@ -306,6 +317,6 @@ MODULES: dict[str, Build] = {
     "loop_slots": case(SlotByExpert),
     "loop_index_select": case(IndexSelect, rows=True),
     "loop_shared_expert": case(SharedAndRouted),
-    "decoder_continue": case(lambda: nn.Sequential(DecoderLayer(MixtralContinue()), DecoderLayer(MixtralContinue()))),
+    "decoder_continue": case(Decoder),
     "decoder_if_any": case(lambda: DecoderLayer(MakeMoE())),
 }
