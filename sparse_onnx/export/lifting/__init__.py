@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_onnx.export.lifting import functions, intercept
+from sparse_onnx.export.lifting import functions, intercept, strides
 from sparse_onnx.export.lifting.runtime import Runtime
 from sparse_onnx.export.lifting.values import SomeItems, Undefined
 
@@ -48,7 +48,8 @@ def lifted(module: nn.Module) -> Iterator[Runtime]:
 
         module.forward = forward
         try:
-            yield runtime
+            with strides.without_assumptions():
+                yield runtime
         finally:
             del module.forward
             if own is not None:

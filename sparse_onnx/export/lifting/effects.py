@@ -72,6 +72,12 @@ def resolved(node: Any, facts: Facts) -> Any:
         source: Any = args[0]
         if name == "aten::where" and len(args) == 3 and facts.zero(args[0]):
             source = args[2]
+        elif name == "aten::slice" and facts.slices_all(node):
+            source = args[0]
+            if isinstance(source, fx.Node) and facts.program.unchanged_since(source, node):
+                node = source
+                continue
+            return node
         elif name == "aten::cat":
             left = [each for each in args[0] if not facts.empty(each)]  # type: ignore[union-attr]
             if len(left) != 1:
@@ -95,9 +101,9 @@ def same(left: Any, right: Any, facts: Facts, node_of: Callable[[Tensor], fx.Nod
         first, second = node_of(left), node_of(right)
         if first is None or second is None or left.dtype != right.dtype:
             return False
-        if facts.shape(first) != facts.shape(second):
-            return False
-        return facts.empty(first) or resolved(first, facts) is resolved(second, facts)
+        if resolved(first, facts) is resolved(second, facts):
+            return True
+        return facts.shape(first) == facts.shape(second) and facts.empty(first)
     if isinstance(left, (*Sym, int, float)) and isinstance(right, (*Sym, int, float)):
         if not isinstance(left, Sym) and not isinstance(right, Sym):
             return type(left) is type(right) and left == right

@@ -10,6 +10,7 @@ Every step is an equivalence of the operators involved, on tensors that were not
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,11 @@ _KEEP_ZERO = (
     "aten::masked_select",
 )
 _PICKS = ("aten::slice", "aten::index", "aten::gather", "aten::index_select", "aten::expand", "aten::repeat")
+#: Functions of sizes that are not negative where their arguments are not.
+_KEEP_SIGN = frozenset(
+    "Add Mul Min TruncToInt TruncToFloat CeilToInt FloorToInt RoundToInt ToFloat IntTrueDiv FloatTrueDiv FloorDiv "
+    "CleanDiv Mod PythonMod".split()
+)
 _DEPTH = 60
 
 
@@ -65,7 +71,8 @@ class Facts:
         self._zero: list[tuple[fx.Node, dict[int, int]]] = []
         self._lacks: list[tuple[fx.Node, dict[int, int], int]] = []
         self._sizes: set[sympy.Symbol] = set()
-        self._asked: set[Any] = set()
+        #: Formulas that are at most 0.
+        self._not_positive: list[Any] = []
 
     def assume(self, condition: Any, truth: bool) -> None:
         """A condition of the trace - a tensor's node, or a size's or truth's formula - that is so."""
@@ -201,17 +208,24 @@ class Facts:
             for each in formula.args:
                 self._assume_formula(each)
             return
-        symbols = list(getattr(formula, "free_symbols", ()))
-        if len(symbols) != 1 or not isinstance(formula, sympy.core.relational.Relational):
+        if not isinstance(formula, sympy.core.relational.Relational):
+            return
+        difference = sympy.expand(formula.lhs - formula.rhs)
+        if isinstance(formula, (sympy.Le, sympy.Lt, sympy.Eq)):
+            self._not_positive.append(difference)
+        if isinstance(formula, (sympy.Ge, sympy.Gt, sympy.Eq)):
+            self._not_positive.append(-difference)
+        symbols = list(difference.free_symbols)
+        if len(symbols) != 1:
             return
         symbol = symbols[0]
-        difference = sympy.expand(formula.lhs - formula.rhs)
         # A linear relation holds on a half-line or in one point: where 0 is in it and 1 is not, 0 is all of it.
         if not difference.is_polynomial(symbol) or sympy.degree(difference, symbol) != 1:
             return
-        if formula.subs(symbol, 0) == sympy.true and formula.subs(symbol, 1) == sympy.false:
+        relation = type(formula)(difference, 0)
+        if relation.subs(symbol, 0) == sympy.true and relation.subs(symbol, 1) == sympy.false:
             made = self.program.made.get(symbol)
-            if made is None or not (isinstance(formula, sympy.Eq) or self._counts(symbol, made)):
+            if made is None or not (isinstance(relation, sympy.Eq) or self._counts(symbol, made)):
                 return
             self._sizes.add(symbol)
             self._no_rows(symbol, made)
@@ -326,12 +340,54 @@ class Facts:
         elif name_of(made) in ("aten::item", "aten::_local_scalar_dense"):
             source = made.args[0]
             zero = self.program.unchanged_since(source, made) and self.zero(source)
-        elif name_of(made) == "aten::slice" and len(made.args) >= 4:
-            start, end = (self.reduced(expression(each), depth + 1) for each in made.args[2:4])
-            zero = start is not None and start == end
+        elif name_of(made) == "aten::slice":
+            zero = self._slices_nothing(made, depth + 1)
         if zero:
             self._sizes.add(symbol)
         return zero
+
+    def _slices_nothing(self, node: fx.Node, depth: int) -> bool:
+        """Whether a slice starts where it ends, or beyond the end of its tensor."""
+        bounds = self._bounds(node)
+        if bounds is None:
+            return False
+        size, start, end = (self.reduced(each, depth) for each in bounds)
+        return start == end or self.at_most(size, start)
+
+    def slices_all(self, node: fx.Node) -> bool:
+        """Whether a slice is its whole tensor."""
+        bounds = self._bounds(node)
+        return bounds is not None and bounds[1] == 0 and self.at_most(bounds[0], bounds[2])
+
+    def _bounds(self, node: fx.Node) -> tuple[Any, Any, Any] | None:
+        """Size, start and end of a slice by steps of 1, none of them counted from behind."""
+        given = (*node.args[1:], *(0, 0, None, 1)[len(node.args) - 1 :])
+        dim, start, end, step = given
+        if name_of(node) != "aten::slice" or step != 1 or not isinstance(dim, int):
+            return None
+        size = expression(value_of(node.args[0]).shape[dim])
+        first = expression(0 if start is None else start)
+        last = size if end is None or end == sys.maxsize else expression(end)
+        return None if not self._from_zero(first) or not self._from_zero(last) else (size, first, last)
+
+    def _from_zero(self, formula: Any) -> bool:
+        """Whether a number or formula is never negative."""
+        if formula is None:
+            return False
+        if formula.is_number:
+            return bool(formula >= 0)
+        if formula.is_Symbol:
+            made = self.program.made.get(formula)
+            return formula.is_nonnegative is True if made is None else self._counts(formula, made)
+        name = type(formula).__name__
+        if name == "Max":
+            return any(self._from_zero(each) for each in formula.args)
+        return name in _KEEP_SIGN and all(self._from_zero(each) for each in formula.args)
+
+    def at_most(self, left: Any, right: Any) -> bool:
+        """Whether one size is known to be no larger than another, which is not negative."""
+        difference = sympy.expand(left - right)
+        return any(difference == known for known in self._not_positive)
 
     def empty(self, node: Any) -> bool:
         """Whether the tensor has no element."""

@@ -136,6 +136,16 @@ def _is_column(node: Any) -> bool:
     return len(sizes) >= 1 and all(isinstance(size, int) and size == 1 for size in sizes[1:])
 
 
+def bound_of(tensor: Tensor) -> int | None:
+    """A number that all elements of a tensor of the trace, integers from 0 on, stay below."""
+    node = graph_edits.node_of(tensor)
+    if node is None:
+        return None
+    program = Program(tracing().tracer.graph, tracing().tracer.root)
+    program.count_writes()
+    return bound(program, node)
+
+
 def bound(program: Program, node: Any, depth: int = 0) -> int | None:
     """A number that all elements, which are integers from 0 on, stay below."""
     if not isinstance(node, fx.Node) or depth > 40 or not program.current(node):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sparse_onnx.export.lifting import einsum
+from sparse_onnx.export.lifting import einsum, strides
 from sparse_onnx.export.lifting.values import SomeItems
 
 _NUMBERS = {
@@ -20,6 +20,9 @@ _NUMBERS = {
     Tensor.item: Tensor.item,
     Tensor.tolist: Tensor.tolist,
 }
+
+#: The shape is given, and which axes are repeated is ONNX's to see.
+_SHAPED = (Tensor.expand, Tensor.expand_as, torch.broadcast_to)
 
 
 class Calls(TorchFunctionMode):
@@ -36,6 +39,8 @@ class Calls(TorchFunctionMode):
             args = (args[0], _plain(args[1]), *args[2:])
         if func is torch.functional.einsum and (made := einsum.kept(*args)) is not None:
             return made
+        if func in _SHAPED:
+            func = strides.quiet(func)
         return func(*args, **(kwargs or {}))
 
 

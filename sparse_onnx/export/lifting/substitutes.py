@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -179,13 +180,43 @@ def _tolist(runtime: Runtime, place: Place, plain: Any, tensor: Tensor) -> Any:
     return SomeItems(_tolist(runtime, place, plain, each) for each in tensor.unbind())
 
 
+def _bincount(runtime: Runtime, place: Place, plain: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The counts of integers that are known to be below `minlength`, so that their number is known."""
+    given = dict(zip(("weights", "minlength"), args, strict=False)) | kwargs
+    least = given.get("minlength", 0)
+    if not _depends(runtime, tensor) or given.get("weights") is not None or not isinstance(least, int):
+        return plain(tensor, *args, **kwargs) if plain is torch.bincount else plain(*args, **kwargs)
+    count = hits.bound_of(tensor)
+    if count is None or count > least:
+        return plain(tensor, *args, **kwargs) if plain is torch.bincount else plain(*args, **kwargs)
+    return F.one_hot(tensor, least).sum(0)
+
+
 def _numpy(runtime: Runtime, place: Place, plain: Any, tensor: Tensor) -> Any:
     """Looped over and indexed, an array of integers is like their list."""
     if not _depends(runtime, tensor):
         return plain()
     if tensor.dim() != 1 or tensor.is_floating_point():
         raise refuse(place, "takes tensor values to numpy", "use torch there, or write an adapter (--adapter)")
-    return _tolist(runtime, place, plain, tensor)
+    numbers = _tolist(runtime, place, plain, tensor)
+    return Array(numbers) if isinstance(numbers, SomeItems) else numbers
+
+
+class Array(SomeItems):
+    """What numpy's integer arrays have besides lists, for numbers that are symbols in the trace."""
+
+    def cumsum(self, axis: int = 0) -> Array:
+        return Array(itertools.accumulate(self))
+
+    def sum(self, axis: int = 0) -> Any:
+        return sum(self)
+
+    def tolist(self) -> SomeItems:
+        return SomeItems(self)
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (len(self),)
 
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
@@ -203,8 +234,9 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     builtins.list: _list,
     F.one_hot: _one_hot,
     torch.tensor: _tensor,
+    torch.bincount: _bincount,
     torch.cat: _cat,
     torch.concat: _cat,
     torch.concatenate: _cat,
 }
-_OF_TENSORS: dict[str, Callable[..., Any]] = {"tolist": _tolist, "numpy": _numpy}
+_OF_TENSORS: dict[str, Callable[..., Any]] = {"tolist": _tolist, "numpy": _numpy, "bincount": _bincount}
