@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_onnx.core.errors import ImpossibleError
-from sparse_onnx.export import experts, guards, lifting, program_fixes, python_numbers, translate
+from sparse_onnx.export import experts, guards, lifting, operators, program_fixes, python_numbers, translate
 from sparse_onnx.export.failure import root_line
 from sparse_onnx.export.samples import Interface
 from sparse_onnx.export.sources import Source, leaves
@@ -78,7 +78,7 @@ def _trace_module(source: Source, inputs: dict[str, Tensor], shapes: dict[str, A
     with torch.no_grad():
         program_fixes.apply(program.graph_module)
         model = translate.to_onnx(
-            program, opset=opset, input_names=list(inputs), output_names=names, table=python_numbers.TABLE
+            program, opset=opset, input_names=list(inputs), output_names=names, table={**python_numbers.TABLE, **operators.TABLE}
         )
     python_numbers.retype(model)
     return Traced(model, runnable, assumptions, symbols)

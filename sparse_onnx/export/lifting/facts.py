@@ -26,6 +26,7 @@ At = Mapping[int, int]
 _ALL: At = {}
 
 _REDUCTIONS = ("aten::any", "aten::sum", "aten::count_nonzero", "aten::amax", "aten::max")
+_BLANK = ("aten::zeros", "aten::zeros_like", "aten::new_zeros")
 _NON_NEGATIVE = (
     "aten::one_hot",
     "aten::bincount",
@@ -36,9 +37,7 @@ _NON_NEGATIVE = (
     "aten::abs",
     "aten::count_nonzero",
     "aten::any",
-    "aten::zeros",
-    "aten::zeros_like",
-    "aten::new_zeros",
+    *_BLANK,
 )
 #: All zero where their first argument is.
 _KEEP_ZERO = (
@@ -127,7 +126,9 @@ class Facts:
         number nowhere."""
         name, args = name_of(node), node.args
         source = args[0] if args else None
-        if not isinstance(source, fx.Node) or not self.program.unchanged_since(source, node):
+        if not isinstance(source, fx.Node):
+            return []
+        if not self.program.unchanged_since(source, node) and not self._marks(node):
             return []
         if name == "aten::eq":
             return self._equal(node, at)
@@ -136,15 +137,22 @@ class Facts:
             return [(source, {dim: i for dim, i in at.items() if dim != rank - 1}, at[rank - 1])]
         if name == "aten::bincount" and 0 in at and (len(args) < 2 or args[1] is None):
             return [(source, _ALL, at[0])]
-        if name in ("aten::scatter", "aten::scatter_") and len(args) == 4:
-            dim, index, value = args[1], args[2], args[3]
-            number = _number(value)
+        if self._marks(node):
+            dim, index = args[1], args[2]
             dim = dim % rank if isinstance(dim, int) else -1
-            blank = name_of(source) in ("aten::zeros", "aten::zeros_like", "aten::new_zeros")
-            if set(at) == {dim} and number and blank and isinstance(index, fx.Node):
-                if self.program.unchanged_since(index, node):
-                    return [(index, _ALL, at[dim])]
+            if set(at) == {dim} and isinstance(index, fx.Node) and self.program.unchanged_since(index, node):
+                return [(index, _ALL, at[dim])]
         return []
+
+    def _marks(self, node: fx.Node) -> bool:
+        """`zeros.scatter(dim, index, 1)`: something above zero at each index, zeros elsewhere."""
+        args = node.args
+        if name_of(node) not in ("aten::scatter", "aten::scatter_") or len(args) != 4:
+            return False
+        blank = isinstance(args[0], fx.Node) and name_of(args[0]) in _BLANK
+        number = _number(args[3])
+        alone = name_of(node) == "aten::scatter" or self.program.only_write(node)
+        return blank and alone and number is not None and number > 0
 
     def _equal(self, node: fx.Node, at: At) -> list[tuple[fx.Node, At, int]]:
         left, right = node.args[0], node.args[1]
@@ -257,6 +265,8 @@ class Facts:
             return False
         if value.dtype in (torch.bool, torch.uint8) or name_of(node) in _NON_NEGATIVE:
             return True
+        if self._marks(node):
+            return True
         if name_of(node) in ("aten::sum", "aten::cumsum", *_PICKS) or views.is_copy(node):
             return self.non_negative(node.args[0], depth + 1)
         if name_of(node) in ("aten::mul", "aten::add", "aten::div") and len(node.args) == 2:
@@ -280,7 +290,7 @@ class Facts:
             fresh = not isinstance(value, fx.Node) or self.program.unchanged_since(value, node)
             return fresh and self.zero(value, where, follow)
 
-        if name in ("aten::zeros", "aten::zeros_like", "aten::new_zeros"):
+        if name in _BLANK:
             return True
         if any(self.lacks(index, inner, number, follow) for index, inner, number in self._matches(node, at)):
             return True

@@ -22,7 +22,7 @@ _NUMBERS = {
 }
 
 #: The shape is given, and which axes are repeated is ONNX's to see.
-_SHAPED = (Tensor.expand, Tensor.expand_as, torch.broadcast_to)
+_SHAPED = (Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.unsqueeze, torch.unsqueeze)
 
 
 class Calls(TorchFunctionMode):

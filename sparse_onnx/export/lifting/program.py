@@ -97,16 +97,18 @@ class Program:
             for symbol in _symbols(node.meta.get("val")):
                 self.made.setdefault(symbol, node)
         self.written: dict[int, int] = {}
+        self.first_written: dict[int, int] = {}
 
     def count_writes(self, but: Iterable[fx.Node] = ()) -> None:
         """Notes the last write to each storage, without those by some nodes."""
         left_out = set(but)
-        self.written = {}
+        self.written, self.first_written = {}, {}
         for node in self.nodes:
             for target in writes(node) if node not in left_out else []:
                 key = storage(target)
                 if key is not None:
                     self.written[key] = self.position[node]
+                    self.first_written.setdefault(key, self.position[node])
 
     def current(self, node: fx.Node) -> bool:
         """Whether the node's tensor still holds what the node computed."""
@@ -117,6 +119,11 @@ class Program:
         """Whether `node`'s tensor is now what it was when `later` read it."""
         key = storage(node)
         return key is None or self.written.get(key, -1) < self.position[later]
+
+    def only_write(self, node: fx.Node) -> bool:
+        """Whether a node that writes to its first argument is the only one that does."""
+        key = storage(node.args[0])
+        return key is not None and self.written.get(key) == self.first_written.get(key) == self.position[node]
 
     def constant(self, node: Any) -> Tensor | None:
         """The tensor that a node holds as a constant of the trace."""

@@ -45,7 +45,7 @@ def quiet(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def silent(*args: Any, **kwargs: Any) -> Any:
-        mode = torch._guards.detect_fake_mode()
+        mode = torch._guards.detect_fake_mode(args)
         env = getattr(mode, "shape_env", None)
         if env is None:
             return function(*args, **kwargs)

@@ -46,8 +46,10 @@ def base(program: Program, node: fx.Node, at: Mapping[int, int]) -> tuple[fx.Nod
 def _before(program: Program, node: fx.Node, at: dict[int, int]) -> tuple[fx.Node, dict[int, int]] | None:
     name, args = name_of(node), node.args
     source = args[0] if args else None
-    if not isinstance(source, fx.Node) or not isinstance(value_of(node), Tensor):
+    if getattr(node.target, "__name__", "") == "getitem":
         return _of_sequence(node, at)
+    if not isinstance(source, fx.Node) or not isinstance(value_of(node), Tensor):
+        return None
     before = value_of(source)
     if not isinstance(before, Tensor):
         return None
