@@ -17,7 +17,7 @@ from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export import experts, guards, lifting, operators, program_fixes, python_numbers, translate
 from sparse_onnx.export.failure import root_line
 from sparse_onnx.export.samples import Interface
-from sparse_onnx.export.sources import Source, leaves
+from sparse_onnx.export.sources import Source, leaves, place_of
 
 _FIXED_AXIS = re.compile(
     r"You marked L\['(?P<name>\w+)'\]\.size\(\)\[(?P<axis>\d+)\] as dynamic "
@@ -139,7 +139,9 @@ def _refused() -> Iterator[None]:
                 f"the model's code fixes axis {fixed['axis']} of '{fixed['name']}' at {fixed['size']}",
                 "make that axis static, or compute with tensor operations instead of Python loops over it",
             ) from error
-        raise ImpossibleError(f"torch cannot export the model: {root_line(error)}", _hint(error)) from error
+        raise ImpossibleError(
+            f"torch cannot export the model: {root_line(error)}{place_of(error)}", _hint(error)
+        ) from error
 
 
 def _hint(error: BaseException) -> str:

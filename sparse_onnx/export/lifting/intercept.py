@@ -6,6 +6,7 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -22,7 +23,22 @@ _NUMBERS = {
 }
 
 #: The shape is given, and which axes are repeated is ONNX's to see.
-_SHAPED = (Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.unsqueeze, torch.unsqueeze)
+_SHAPED = frozenset({Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.unsqueeze, torch.unsqueeze})
+#: Element by element, so that no size matters.
+_UNARY = frozenset(
+    getattr(place, name)
+    for place in (torch, Tensor, F)
+    for name in (
+        "relu gelu silu sigmoid tanh exp log sqrt rsqrt abs neg square dropout mish elu leaky_relu relu6 selu softplus "
+        "hardswish hardsigmoid hardtanh logsigmoid erf log1p expm1 clamp clone float half double bool long to"
+    ).split()
+    if hasattr(place, name)
+)
+#: The same of two tensors, where neither is repeated along an axis whose size the trace does not know.
+_BINARY = frozenset(
+    getattr(Tensor, name)
+    for name in "add sub mul div __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__".split()
+) | {torch.add, torch.sub, torch.mul, torch.div}
 
 
 class Calls(TorchFunctionMode):
@@ -39,9 +55,13 @@ class Calls(TorchFunctionMode):
             args = (args[0], _plain(args[1]), *args[2:])
         if func is torch.functional.einsum and (made := einsum.kept(*args)) is not None:
             return made
-        if func in _SHAPED:
+        if func in _SHAPED or func in _UNARY or (func in _BINARY and _unbroadcast(args)):
             func = strides.quiet(func)
         return func(*args, **(kwargs or {}))
+
+
+def _unbroadcast(values: Any) -> bool:
+    return strides.one_size([value.shape for value in values if isinstance(value, Tensor)])
 
 
 def _constant(value: Any) -> Tensor | None:
