@@ -70,9 +70,12 @@ class Lifted:
         values: Mapping[str, Any],
         names: tuple[str, ...],
         read_later: frozenset[str],
+        first: bool = True,
     ) -> None:
         self.runtime, self.condition, self.place = runtime, condition, place
         self.names, self.read_later = names, read_later
+        #: The condition's truth on the `if` side: `first` is False where it is negated.
+        self.positive = first
         self.side = True
         self.sides: list[Side] = []
         self.raising = False
@@ -96,7 +99,7 @@ class Lifted:
         after = state.take(self.runtime.module, [*self.start.values(), *values.values()])
         nodes = graph_edits.since(self.graph, self.mark)
         own = {name: values[name] for name in self.names if name in values}
-        self.sides.append(Side(self.side, nodes, own, after, self.raising))
+        self.sides.append(Side(self.side == self.positive, nodes, own, after, self.raising))
         self.before.restore()
         if len(self.sides) == 2:
             self.result = self._merged()
@@ -151,7 +154,7 @@ class Lifted:
         program = Program(self.graph, tracing().tracer.root)
         program.count_writes(but=lasting)
         facts = Facts(program)
-        facts.assume(self._condition(), skipped.truth)
+        self._assume(facts, skipped.truth)
         for node in lasting:
             if not effects.changes_nothing(node, facts):
                 return f"'{graph_edits.line_of(node)}' is not proved to change nothing where the condition fails"
@@ -178,19 +181,27 @@ class Lifted:
             self.runtime.watch(self.place, left, right)
         return True
 
-    def _condition(self) -> Any:
-        condition = self.condition
-        return graph_edits.node_of(condition) if isinstance(condition, Tensor) else condition.node.expr
+    def _assume(self, facts: Facts, truth: bool) -> None:
+        if not isinstance(self.condition, SomeItems):
+            facts.assume(_as_fact(self.condition), truth)
+        elif not truth:  # every item is missing
+            for _, condition, missing in self.condition.missing:
+                if not isinstance(condition, fx.Node) or facts.program.current(condition):
+                    facts.assume(condition, missing)
 
     def _python(self, taken: Side, skipped: Side, facts: Facts) -> str:
         """Why what the sides did to Python objects differs; empty if it does not."""
         for holder, here, there in taken.after.changed(skipped.after):
-            if isinstance(holder, SomeItems):
+            if isinstance(holder, SomeItems) and not isinstance(self.condition, SomeItems):
                 added = here[len(there) :]
                 if all(a is b for a, b in zip(here, there, strict=False)) and len(here) > len(there):
                     nodes = [graph_edits.node_of(each) if isinstance(each, Tensor) else None for each in added]
                     if all(node is not None and facts.shape(node)[:1] == [0] for node in nodes):
                         continue
+                return "a list gets other items"
+            if type(here) is list and len(here) == len(there):
+                if all(self._same(a, b, facts) for a, b in zip(here, there, strict=True)):
+                    continue
                 return "a list gets other items"
             if isinstance(here, dict) and list(here) == list(there):
                 if all(effects.same(here[key], there[key], facts, graph_edits.node_of) for key in here):
@@ -201,16 +212,26 @@ class Lifted:
         return ""
 
     def _keep(self, taken: Side, skipped: Side, values: dict[str, Any]) -> dict[str, Any]:
-        changed = [holder for holder, *_ in taken.after.changed(skipped.after)]
+        changed = [(holder, len(there)) for holder, _, there in taken.after.changed(skipped.after)]
         graph_edits.discard(self.graph, skipped.nodes)
         taken.after.restore()
-        for holder in changed:
+        for holder, before in changed:
             if isinstance(holder, SomeItems):
                 holder.place = self.place
+                condition = _as_fact(self.condition)
+                added = range(before, list.__len__(holder))
+                holder.missing += [(position, condition, skipped.truth) for position in added]
         return values
 
     def error(self, reason: str) -> ImpossibleError:
         return refuse(self.place, reason, "use tensor operations there, or write an adapter (--adapter)")
+
+
+def _as_fact(condition: Any) -> Any:
+    """A condition in the form that facts take."""
+    if isinstance(condition, Tensor):
+        return graph_edits.node_of(condition)
+    return condition if isinstance(condition, SomeItems) else condition.node.expr
 
 
 def _undefined(value: Any) -> bool:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from sparse_onnx.export.lifting import graph_edits
 from sparse_onnx.export.lifting.program import Sym, name_of, storage, tracing, value_of, writes
-from sparse_onnx.export.lifting.values import Undefined
+from sparse_onnx.export.lifting.values import SomeItems, Undefined
 
 if TYPE_CHECKING:
     from sparse_onnx.export.lifting.branch import Lifted, Side
@@ -34,6 +34,8 @@ _ASSERTIONS = (
 
 def merge(branch: Lifted) -> dict[str, Any] | str:
     """The variables after the branch, with the condition in the trace; or why that cannot be."""
+    if isinstance(branch.condition, SomeItems):
+        return "it asks how many items a list has"
     first, second = branch.sides
     changed = first.after.changed(second.after) + branch.before.changed(first.after)
     if changed:

@@ -336,6 +336,17 @@ class Facts:
         for symbol in list(getattr(formula, "free_symbols", ())):
             if self._size_is_zero(symbol, depth):
                 formula = formula.subs(symbol, 0)
+        return self._decided(formula) if self._not_positive else formula
+
+    def _decided(self, formula: Any) -> Any:
+        """A formula with the smaller or larger of two sizes put in where it is known which one that is."""
+        for each in sorted(_extremes(formula), key=sympy.count_ops):
+            left, right = each.args
+            if self.at_most(right, left):
+                left, right = right, left
+            elif not self.at_most(left, right):
+                continue
+            return self._decided(formula.subs(each, left if type(each).__name__ == "Min" else right))
         return formula
 
     def _size_is_zero(self, symbol: sympy.Symbol, depth: int) -> bool:
@@ -408,6 +419,11 @@ class Facts:
 
     def shape(self, node: Any) -> list[Any]:
         return [self.reduced(expression(size)) for size in value_of(node).shape]
+
+
+def _extremes(formula: Any) -> list[Any]:
+    every = sympy.preorder_traversal(formula) if isinstance(formula, sympy.Basic) else ()
+    return [each for each in every if type(each).__name__ in ("Min", "Max") and len(each.args) == 2]
 
 
 def _covers(known: At, asked: At) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparse_onnx.export.lifting import functions, hits, substitutes
 from sparse_onnx.export.lifting.branch import Concrete, Lifted
 from sparse_onnx.export.lifting.program import Sym, data_dependent, storage, tracing, writes
-from sparse_onnx.export.lifting.values import Place, SomeItems, Undefined, refuse, written
+from sparse_onnx.export.lifting.values import Count, Negated, Place, SomeItems, Undefined, refuse, written
 
 _USE_TENSORS = "use tensor operations there, or write an adapter (--adapter)"
 
@@ -71,6 +71,10 @@ class Runtime:
 
     def _depends(self, value: Any) -> bool:
         """Whether the truth of a value is not known in the trace."""
+        if isinstance(value, (Count, Negated)):
+            value = value.items
+        if isinstance(value, SomeItems):
+            return value.place is not None and not value.surely_some()
         if isinstance(value, Tensor):
             return tracing() is not None and getattr(value, "constant", None) is None and _fake(value)
         if isinstance(value, Sym) and data_dependent(value):
@@ -87,8 +91,11 @@ class Runtime:
     ) -> Concrete | Lifted:
         if not self._depends(value):
             return Concrete(_truth(value), place)
-        condition = self._condition(value, place)
-        return Lifted(self, condition, place, values, names, read_later)
+        if isinstance(value, Count):
+            value = value.items
+        truth = not isinstance(value, Negated)
+        condition = self._condition(value if truth else value.items, place)
+        return Lifted(self, condition, place, values, names, read_later, truth)
 
     def _condition(self, value: Any, place: Place) -> Any:
         if isinstance(value, hits.Numbers):
@@ -138,6 +145,8 @@ class Runtime:
     def _as_truth(self, value: Any, place: Place) -> Any:
         if not self._depends(value):
             return torch.tensor(_truth(value))
+        if isinstance(value, (SomeItems, Count, Negated)):
+            raise refuse(place, "joins conditions of which one is a list of an unknown length", _USE_TENSORS)
         condition = self._condition(value, place)
         return condition.reshape(()).bool() if isinstance(condition, Tensor) else condition
 
@@ -145,6 +154,10 @@ class Runtime:
         """`not value`."""
         if not self._depends(value):
             return not value
+        if isinstance(value, (SomeItems, Count)):
+            return Negated(value.items if isinstance(value, Count) else value)
+        if isinstance(value, Negated):
+            return value.items
         if isinstance(value, Tensor):
             return torch.logical_not(value)
         return value == 0 if isinstance(value, torch.SymInt) else torch.sym_not(value)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_onnx.export.lifting.values import SomeItems
+
 _SIMPLE = (int, float, complex, bool, str, bytes, type(None), Tensor, torch.dtype, torch.device, torch.Size)
 _DEPTH = 6
 
@@ -62,6 +64,8 @@ def _visit(value: Any, slots: dict[int, Slot], depth: int) -> None:
     if content is None:
         return
     slots[id(value)] = Slot(value, content)
+    if isinstance(value, SomeItems):
+        _visit(vars(value), slots, depth)
     for inner in content.values() if isinstance(content, Mapping) else content:
         _visit(inner, slots, depth - 1)
 

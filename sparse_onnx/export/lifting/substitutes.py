@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_onnx.export.lifting import hits
 from sparse_onnx.export.lifting.program import Sym, data_dependent, tracing
-from sparse_onnx.export.lifting.values import Place, SomeItems, refuse
+from sparse_onnx.export.lifting.values import Count, Place, SomeItems, refuse
 
 if TYPE_CHECKING:
     from sparse_onnx.export.lifting.runtime import Runtime
@@ -74,6 +74,8 @@ def _len(runtime: Runtime, place: Place, plain: Any, value: Any) -> Any:
         return value.shape[0]
     if isinstance(value, hits.Numbers):
         return value.tensor.shape[0]
+    if isinstance(value, SomeItems) and value.place is not None:
+        return Count(value)
     return plain(value)
 
 

@@ -60,6 +60,15 @@ class SomeItems(list):  # type: ignore[type-arg]
 
     place: Place | None = None
 
+    def __init__(self, *items: Any) -> None:
+        super().__init__(*items)
+        #: Of each item that may be missing: its position, and the condition under which it is.
+        self.missing: list[tuple[int, Any, bool]] = []
+
+    def surely_some(self) -> bool:
+        """Whether at least one item is there for every input."""
+        return list.__len__(self) > len({position for position, *_ in self.missing})
+
     def _error(self) -> ImpossibleError:
         assert self.place is not None
         return refuse(
@@ -89,7 +98,7 @@ for _name in (
 
 
 def _bool(self: SomeItems) -> bool:
-    return len(self) > 0
+    return self.surely_some() or len(self) > 0
 
 
 def _radd(self: SomeItems, other: Any) -> Any:
@@ -99,3 +108,41 @@ def _radd(self: SomeItems, other: Any) -> Any:
 SomeItems.__bool__ = _bool  # type: ignore[attr-defined]
 SomeItems.__radd__ = _radd  # type: ignore[attr-defined]
 SomeItems.__hash__ = None  # type: ignore[assignment]
+
+
+class Count:
+    """`len` of such a list: good for asking whether it is 0."""
+
+    def __init__(self, items: SomeItems) -> None:
+        self.items = items
+
+    def _refused(self, *args: Any) -> Any:
+        raise self.items._error()
+
+    __index__ = __int__ = __float__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refused
+    __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __lt__ = __le__ = __hash__ = __str__ = __format__ = _refused
+
+    def __gt__(self, other: Any) -> Any:
+        return self.items if type(other) is int and other == 0 else self._refused()
+
+    def __ge__(self, other: Any) -> Any:
+        return self.items if type(other) is int and other == 1 else self._refused()
+
+    def __ne__(self, other: Any) -> Any:
+        return self.items if type(other) is int and other == 0 else self._refused()
+
+    def __eq__(self, other: Any) -> Any:
+        return Negated(self.items) if type(other) is int and other == 0 else self._refused()
+
+    def __bool__(self) -> bool:
+        return bool(self.items)
+
+
+class Negated:
+    """`not items`."""
+
+    def __init__(self, items: SomeItems) -> None:
+        self.items = items
+
+    def __bool__(self) -> bool:
+        return not self.items
