@@ -12,9 +12,9 @@ import onnx_ir as ir
 import torch
 
 from sparse_onnx import blocks
-from sparse_onnx.core.errors import ModelError, VerificationError
+from sparse_onnx.core.errors import ModelError, OutsideError, VerificationError
 from sparse_onnx.core.report import Report, VerifyRecord
-from sparse_onnx.export import attempts, block_check, check, experts, planning, samples, trace, translate, twin
+from sparse_onnx.export import attempts, block_check, check, experts, planning, recognised, samples, trace, translate, twin
 from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.sources import Source, leaves
 from sparse_onnx.graph import io, stats
@@ -58,16 +58,14 @@ def run(source: Source, out: Path, folder: Path, *, opset: int, say: Callable[[s
     say(f"saving {out.name}")
     io.save(io.load(path), out, weights="copy")
     model = io.load(out)
+    if not found:
+        notes += recognised.notes(out)
     return Report(
         "export", model=stats.record(model, out), blocks=block_records(model), verify=record, notes=notes
     )
 
 
 def _about(found: list[experts.Experts]) -> list[str]:
-    if not found:
-        return [
-            "no experts module was found, so no block was kept whole; `inspect` says what is in the graph"
-        ]
     return [
         f"{entry.path}: {entry.reason}; exported operator by operator, not as a block"
         for entry in found
@@ -133,7 +131,10 @@ def _run_half(source: Source, path: Path, plan: list[samples.Run]) -> str:
     errors: list[np.ndarray] = []
     for run in plan:
         expected = leaves(source.forward(run.inputs))[0].float().numpy()
-        actual = sessions.run(session, {name: value.numpy() for name, value in run.inputs.items()})[0]
+        try:
+            actual = sessions.run(session, {name: value.numpy() for name, value in run.inputs.items()})[0]
+        except OutsideError as error:
+            return f"the float16 file itself was not run: {error.message}"
         per_token = np.abs(actual.astype(np.float32) - expected).reshape(-1, expected.shape[-1]).max(axis=1)
         errors.append(per_token / max(float(np.abs(expected).max()), 1e-30))
     error = np.concatenate(errors)
