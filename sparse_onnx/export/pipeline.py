@@ -14,7 +14,18 @@ import torch
 from sparse_onnx import blocks
 from sparse_onnx.core.errors import ModelError, OutsideError, VerificationError
 from sparse_onnx.core.report import Report, VerifyRecord
-from sparse_onnx.export import attempts, block_check, check, experts, planning, recognised, samples, trace, translate, twin
+from sparse_onnx.export import (
+    attempts,
+    block_check,
+    check,
+    experts,
+    planning,
+    recognised,
+    samples,
+    trace,
+    translate,
+    twin,
+)
 from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.sources import Source, leaves
 from sparse_onnx.graph import io, stats

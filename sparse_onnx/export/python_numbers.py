@@ -98,11 +98,17 @@ def retype(model: ir.Model) -> None:
     graphs = [model.graph, *model.functions.values()]
     for graph in graphs:
         for node in graph:
-            if node.op_type in _KEEPING and any(v is not None and v.dtype == ir.DataType.DOUBLE for v in node.inputs):
+            if node.op_type in _KEEPING and any(
+                v is not None and v.dtype == ir.DataType.DOUBLE for v in node.inputs
+            ):
                 for value in node.outputs:
                     value.dtype = ir.DataType.DOUBLE
-            elif node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.DOUBLE:
+            elif node.op_type in ("Cast", "Constant") and _makes_double(node):
                 node.outputs[0].dtype = ir.DataType.DOUBLE
-            elif node.op_type == "Constant" and (tensor := node.attributes.get("value")) is not None:
-                if tensor.as_tensor().dtype == ir.DataType.DOUBLE:
-                    node.outputs[0].dtype = ir.DataType.DOUBLE
+
+
+def _makes_double(node: ir.Node) -> bool:
+    if node.op_type == "Cast":
+        return node.attributes["to"].as_int() == ir.DataType.DOUBLE
+    value = node.attributes.get("value")
+    return value is not None and value.as_tensor().dtype == ir.DataType.DOUBLE

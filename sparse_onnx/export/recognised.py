@@ -20,7 +20,9 @@ def notes(path: Path) -> list[str]:
         kinds = ", ".join(dict.fromkeys(block.kind for block in report.blocks))
         found.append(f"{kinds}: exported as written")
     else:
-        found.append("no experts module was found, so no block was kept whole; `inspect` says what is in the graph")
+        found.append(
+            "no experts module was found, so no block was kept whole; `inspect` says what is in the graph"
+        )
     if any(refusal.reason == SOFT_MIXTURE for refusal in report.refusals):
         found.append(f"{SOFT_MIXTURE}, so that it is exported dense")
     return found

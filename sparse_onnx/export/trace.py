@@ -78,7 +78,11 @@ def _trace_module(source: Source, inputs: dict[str, Tensor], shapes: dict[str, A
     with torch.no_grad():
         program_fixes.apply(program.graph_module)
         model = translate.to_onnx(
-            program, opset=opset, input_names=list(inputs), output_names=names, table={**python_numbers.TABLE, **operators.TABLE}
+            program,
+            opset=opset,
+            input_names=list(inputs),
+            output_names=names,
+            table={**python_numbers.TABLE, **operators.TABLE},
         )
     python_numbers.retype(model)
     return Traced(model, runnable, assumptions, symbols)

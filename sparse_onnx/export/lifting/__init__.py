@@ -68,5 +68,3 @@ def _plain(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_plain(each) for each in value)
     return {key: _plain(each) for key, each in value.items()} if type(value) is dict else value
-
-

@@ -129,7 +129,9 @@ class Lifted:
             return merged
         if fallback is not None:
             taken, skipped, values = fallback
-            unclear = {name: Undefined(name, self.place, merged) for name in values if _undefined(values[name])}
+            unclear = {
+                name: Undefined(name, self.place, merged) for name in values if _undefined(values[name])
+            }
             return self._keep(taken, skipped, {**values, **unclear})
         raise refuse(
             self.place,
@@ -157,7 +159,9 @@ class Lifted:
         self._assume(facts, skipped.truth)
         for node in lasting:
             if not effects.changes_nothing(node, facts):
-                return f"'{graph_edits.line_of(node)}' is not proved to change nothing where the condition fails"
+                return (
+                    f"'{graph_edits.line_of(node)}' is not proved to change nothing where the condition fails"
+                )
         problem = self._python(taken, skipped, facts)
         if problem:
             return problem
@@ -195,7 +199,9 @@ class Lifted:
             if isinstance(holder, SomeItems) and not isinstance(self.condition, SomeItems):
                 added = here[len(there) :]
                 if all(a is b for a, b in zip(here, there, strict=False)) and len(here) > len(there):
-                    nodes = [graph_edits.node_of(each) if isinstance(each, Tensor) else None for each in added]
+                    nodes = [
+                        graph_edits.node_of(each) if isinstance(each, Tensor) else None for each in added
+                    ]
                     if all(node is not None and facts.shape(node)[:1] == [0] for node in nodes):
                         continue
                 return "a list gets other items"

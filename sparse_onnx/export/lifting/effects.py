@@ -60,7 +60,11 @@ def _boolean(node: Any) -> bool:
 def _like(source: Any, result: fx.Node) -> bool:
     """Whether a result has its first argument's type and shape, so that it can be that argument."""
     before, after = value_of(source), value_of(result)
-    return isinstance(before, Tensor) and before.dtype == after.dtype and tuple(before.shape) == tuple(after.shape)
+    return (
+        isinstance(before, Tensor)
+        and before.dtype == after.dtype
+        and tuple(before.shape) == tuple(after.shape)
+    )
 
 
 def resolved(node: Any, facts: Facts) -> Any:

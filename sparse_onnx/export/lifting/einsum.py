@@ -21,7 +21,11 @@ def kept(equation: Any, *operands: Any) -> Tensor | None:
     """The result of an einsum over symbolic sizes; None: as torch does it."""
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
-    if tracing() is None or not isinstance(equation, str) or not all(isinstance(each, Tensor) for each in operands):
+    if (
+        tracing() is None
+        or not isinstance(equation, str)
+        or not all(isinstance(each, Tensor) for each in operands)
+    ):
         return None
     shape = _shape(equation, operands)
     nodes = [graph_edits.node_of(each) for each in operands]

@@ -44,7 +44,11 @@ class Functions:
             return function if inner is function.__func__ else types.MethodType(inner, function.__self__)
         if isinstance(function, functools.partial):
             inner = self.find(function.func)
-            return function if inner is function.func else functools.partial(inner, *function.args, **function.keywords)
+            return (
+                function
+                if inner is function.func
+                else functools.partial(inner, *function.args, **function.keywords)
+            )
         if not isinstance(function, types.FunctionType) or not is_users(function):
             return function
         return self.of(function)

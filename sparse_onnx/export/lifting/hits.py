@@ -117,13 +117,25 @@ def _earlier(node: fx.Node) -> fx.Node | None:
         if isinstance(several, fx.Node) and index == 0:
             if name_of(several) in ("aten::unbind", "aten::split"):
                 return several.args[0] if _is_column(several.args[0]) else None  # type: ignore[return-value]
-            if name_of(several) in ("aten::_unique2", "aten::unique_dim", "aten::nonzero_numpy", "aten::where"):
+            if name_of(several) in (
+                "aten::_unique2",
+                "aten::unique_dim",
+                "aten::nonzero_numpy",
+                "aten::where",
+            ):
                 return several
         return None
     source = args[0] if args else None
     if not isinstance(source, fx.Node):
         return None
-    moved = ("aten::squeeze", "aten::view", "aten::reshape", "aten::flatten", "aten::unsqueeze", "aten::select")
+    moved = (
+        "aten::squeeze",
+        "aten::view",
+        "aten::reshape",
+        "aten::flatten",
+        "aten::unsqueeze",
+        "aten::select",
+    )
     if views.is_copy(node) or (name in moved and _is_column(source)):
         return source
     return None
@@ -156,10 +168,18 @@ def bound(program: Program, node: Any, depth: int = 0) -> int | None:
     name, args = name_of(node), node.args
     if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
         several, index = args
-        if isinstance(several, fx.Node) and index == 1 and name_of(several) in ("aten::topk", "aten::max", "aten::min", "aten::sort"):
+        if (
+            isinstance(several, fx.Node)
+            and index == 1
+            and name_of(several) in ("aten::topk", "aten::max", "aten::min", "aten::sort")
+        ):
             position = 2 if name_of(several) == "aten::topk" else 1
             return _size(several, position)
-        if isinstance(several, fx.Node) and index == 0 and name_of(several) in ("aten::sort", "aten::_unique2"):
+        if (
+            isinstance(several, fx.Node)
+            and index == 0
+            and name_of(several) in ("aten::sort", "aten::_unique2")
+        ):
             return bound(program, several.args[0], depth + 1)
         return None
     if name in ("aten::argmax", "aten::argmin"):
@@ -170,7 +190,14 @@ def bound(program: Program, node: Any, depth: int = 0) -> int | None:
         return _static(value_of(args[0]).shape[-1])
     if name == "aten::remainder" and isinstance(args[1], int) and args[1] > 0:
         return args[1]
-    if name in ("aten::slice", "aten::index", "aten::gather", "aten::index_select", "aten::expand", "aten::masked_select"):
+    if name in (
+        "aten::slice",
+        "aten::index",
+        "aten::gather",
+        "aten::index_select",
+        "aten::expand",
+        "aten::masked_select",
+    ):
         return bound(program, args[0], depth + 1)
     if name in ("aten::cat", "aten::stack"):
         each = [bound(program, part, depth + 1) for part in args[0]]  # type: ignore[union-attr]

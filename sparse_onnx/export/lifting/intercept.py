@@ -28,16 +28,61 @@ _SHAPED = frozenset({Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor
 _UNARY = frozenset(
     getattr(place, name)
     for place in (torch, Tensor, F)
-    for name in (
-        "relu gelu silu sigmoid tanh exp log sqrt rsqrt abs neg square dropout mish elu leaky_relu relu6 selu softplus "
-        "hardswish hardsigmoid hardtanh logsigmoid erf log1p expm1 clamp clone float half double bool long to"
-    ).split()
+    for name in [
+        "relu",
+        "gelu",
+        "silu",
+        "sigmoid",
+        "tanh",
+        "exp",
+        "log",
+        "sqrt",
+        "rsqrt",
+        "abs",
+        "neg",
+        "square",
+        "dropout",
+        "mish",
+        "elu",
+        "leaky_relu",
+        "relu6",
+        "selu",
+        "softplus",
+        "hardswish",
+        "hardsigmoid",
+        "hardtanh",
+        "logsigmoid",
+        "erf",
+        "log1p",
+        "expm1",
+        "clamp",
+        "clone",
+        "float",
+        "half",
+        "double",
+        "bool",
+        "long",
+        "to",
+    ]
     if hasattr(place, name)
 )
 #: The same of two tensors, where neither is repeated along an axis whose size the trace does not know.
 _BINARY = frozenset(
     getattr(Tensor, name)
-    for name in "add sub mul div __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__".split()
+    for name in [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "__add__",
+        "__radd__",
+        "__sub__",
+        "__rsub__",
+        "__mul__",
+        "__rmul__",
+        "__truediv__",
+        "__rtruediv__",
+    ]
 ) | {torch.add, torch.sub, torch.mul, torch.div}
 
 
@@ -77,7 +122,12 @@ def _plain(index: Any) -> Any:
     if len(tensors) != 1:
         return index
     constant = _constant(parts[tensors[0]])
-    if constant is None or constant.numel() != 1 or constant.dim() > 1 or constant.dtype in (torch.bool, torch.uint8):
+    if (
+        constant is None
+        or constant.numel() != 1
+        or constant.dim() > 1
+        or constant.dtype in (torch.bool, torch.uint8)
+    ):
         return index
     number = int(constant)
     if number < 0:

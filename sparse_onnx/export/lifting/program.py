@@ -127,7 +127,14 @@ class Program:
 
     def constant(self, node: Any) -> Tensor | None:
         """The tensor that a node holds as a constant of the trace."""
-        while isinstance(node, fx.Node) and name_of(node) in ("aten::lift_fresh_copy", "aten::detach", "aten::alias", "aten::clone", "aten::detach_", "aten::_to_copy"):
+        while isinstance(node, fx.Node) and name_of(node) in (
+            "aten::lift_fresh_copy",
+            "aten::detach",
+            "aten::alias",
+            "aten::clone",
+            "aten::detach_",
+            "aten::_to_copy",
+        ):
             node = node.args[0]
         if isinstance(node, fx.Node) and node.op == "get_attr":
             found: Any = self.root

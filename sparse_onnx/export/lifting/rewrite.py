@@ -54,7 +54,9 @@ def rewritten(function: types.FunctionType, runtime: Any) -> types.FunctionType:
     )
     module = ast.fix_missing_locations(ast.Module([factory], type_ignores=[]))
     try:
-        outer = compile(module, function.__code__.co_filename, "exec", dont_inherit=True, flags=_flags(function))
+        outer = compile(
+            module, function.__code__.co_filename, "exec", dont_inherit=True, flags=_flags(function)
+        )
     except SyntaxError as error:
         raise NoSource(f"its source cannot be compiled again: {error.msg}") from None
     code = _code_of(_code_of(outer, "__sparse_factory"), name)
@@ -108,9 +110,7 @@ def _mangled(found: ast.FunctionDef, function: types.FunctionType) -> str:
             node.attr = private(node.attr)
         elif isinstance(node, ast.Name):
             node.id = private(node.id)
-        elif isinstance(node, ast.arg):
-            node.arg = private(node.arg)
-        elif isinstance(node, ast.keyword) and node.arg:
+        elif isinstance(node, ast.arg) or (isinstance(node, ast.keyword) and node.arg):
             node.arg = private(node.arg)
     return found.name
 
@@ -169,7 +169,9 @@ class _Rewriter(ast.NodeTransformer):
         place, inside = self._place(node), [*node.body, *node.orelse]
         names = self._names(inside)
         test = self.visit(node.test)
-        whole = not normal_form.escapes(inside) and not any(isinstance(n, ast.Return) for n in normal_form.own(inside))
+        whole = not normal_form.escapes(inside) and not any(
+            isinstance(n, ast.Return) for n in normal_form.own(inside)
+        )
         node.body, node.orelse = self._block(node.body), self._block(node.orelse)
         if not whole:
             node.test = self._ask("concrete", test, place)
@@ -200,7 +202,9 @@ class _Rewriter(ast.NodeTransformer):
             for name in names
         ]
         turn = [side, ast.Expr(self._method(branch, "leave", _locals())), *values]
-        made = self._ask("branch", test, place, _locals(), ast.Constant(tuple(names)), ast.Constant(read_later))
+        made = self._ask(
+            "branch", test, place, _locals(), ast.Constant(tuple(names)), ast.Constant(read_later)
+        )
         return _located(
             [
                 ast.Assign([ast.Name(branch, ast.Store())], made),
@@ -257,7 +261,9 @@ class _Rewriter(ast.NodeTransformer):
         place = self._place(node)
         self.generic_visit(node)
         if _binds(node):
-            node.values = [self._ask("concrete", value, place) for value in node.values[:-1]] + node.values[-1:]
+            node.values = [self._ask("concrete", value, place) for value in node.values[:-1]] + node.values[
+                -1:
+            ]
             return node
         what = "both" if isinstance(node.op, ast.And) else "either"
         return self._ask(what, place, *[_thunk(value) for value in node.values])
@@ -276,9 +282,8 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         known = node.func.id if isinstance(node.func, ast.Name) else ""
-        if known.startswith("__sparse"):
-            if isinstance(node.func, ast.Name):
-                return node
+        if known.startswith("__sparse") and isinstance(node.func, ast.Name):
+            return node
         if isinstance(node.func, ast.Attribute) and _is_runtime(node.func.value):
             node.args = [self.visit(arg) for arg in node.args]
             return node
@@ -355,5 +360,3 @@ def _located(new: list[Any], old: ast.AST) -> list[Any]:
             if "lineno" in node._attributes and not hasattr(node, "lineno"):
                 ast.copy_location(node, old)
     return new
-
-

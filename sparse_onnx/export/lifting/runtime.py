@@ -56,7 +56,9 @@ class Runtime:
             for place, key, since in self._watched:
                 if key in changed and position >= since:
                     raise refuse(
-                        place, "depends on tensor values and rebinds a tensor that is written to later", _USE_TENSORS
+                        place,
+                        "depends on tensor values and rebinds a tensor that is written to later",
+                        _USE_TENSORS,
                     )
 
     def concrete(self, value: Any, place: Place) -> Any:

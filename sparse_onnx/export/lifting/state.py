@@ -74,7 +74,13 @@ def _content(value: Any) -> Any:
     if isinstance(value, dict):
         return dict(value)
     if isinstance(value, (list, tuple, set)):
-        return list.copy(value) if isinstance(value, list) else type(value)(value) if type(value) is set else list(value)
+        return (
+            list.copy(value)
+            if isinstance(value, list)
+            else type(value)(value)
+            if type(value) is set
+            else list(value)
+        )
     module = type(value).__module__.partition(".")[0]
     if isinstance(value, nn.Module) or (module not in ("torch", "builtins", "numpy", "sparse_onnx", "types")):
         found = getattr(value, "__dict__", None)
@@ -106,4 +112,6 @@ def _same(left: Any, right: Any) -> bool:
         return list(left) == list(right) and all(left[key] is right[key] for key in left)
     if isinstance(left, set):
         return bool(left == right)
-    return all(a is b for a, b in zip(left, list.__iter__(right) if isinstance(right, list) else right, strict=True))
+    return all(
+        a is b for a, b in zip(left, list.__iter__(right) if isinstance(right, list) else right, strict=True)
+    )

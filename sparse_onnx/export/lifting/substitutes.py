@@ -51,7 +51,9 @@ def _int(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) 
     if isinstance(value, torch.SymBool):
         return torch.sym_ite(value, 1, 0)
     if _depends(runtime, value):
-        return _item(runtime, place, None, value.trunc().long() if value.is_floating_point() else value.long())
+        return _item(
+            runtime, place, None, value.trunc().long() if value.is_floating_point() else value.long()
+        )
     return plain(*args, **kwargs)
 
 
@@ -129,14 +131,20 @@ def _tensor(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: An
 def _zip_like(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
     for each in args:
         if isinstance(each, hits.Numbers) or (isinstance(each, Tensor) and hits.of(each, runtime, place)):
-            raise refuse(place, "loops over tensor values", "loop over all experts, or write an adapter (--adapter)")
+            raise refuse(
+                place, "loops over tensor values", "loop over all experts, or write an adapter (--adapter)"
+            )
     return plain(*args, **kwargs)
 
 
 def _sorted(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
     if args and isinstance(args[0], hits.Numbers) and not kwargs:
         numbers = args[0]
-        return numbers if plain is sorted and _is_unique(numbers) else hits.Numbers(torch.unique(numbers.tensor), place)
+        return (
+            numbers
+            if plain is sorted and _is_unique(numbers)
+            else hits.Numbers(torch.unique(numbers.tensor), place)
+        )
     return plain(*args, **kwargs)
 
 
@@ -199,7 +207,9 @@ def _numpy(runtime: Runtime, place: Place, plain: Any, tensor: Tensor) -> Any:
     if not _depends(runtime, tensor):
         return plain()
     if tensor.dim() != 1 or tensor.is_floating_point():
-        raise refuse(place, "takes tensor values to numpy", "use torch there, or write an adapter (--adapter)")
+        raise refuse(
+            place, "takes tensor values to numpy", "use torch there, or write an adapter (--adapter)"
+        )
     numbers = _tolist(runtime, place, plain, tensor)
     return Array(numbers) if isinstance(numbers, SomeItems) else numbers
 

@@ -45,12 +45,54 @@ class Undefined:
         )
 
 
-for _name in (
-    "__getattr__ __setattr__ __call__ __bool__ __len__ __iter__ __getitem__ __setitem__ __contains__ __eq__ __ne__ __lt__ "
-    "__le__ __gt__ __ge__ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ "
-    "__rtruediv__ __itruediv__ __floordiv__ __rfloordiv__ __mod__ __rmod__ __pow__ __matmul__ __rmatmul__ __and__ __or__ "
-    "__xor__ __invert__ __neg__ __index__ __int__ __float__ __str__ __format__ __hash__ __torch_function__"
-).split():
+for _name in [
+    "__getattr__",
+    "__setattr__",
+    "__call__",
+    "__bool__",
+    "__len__",
+    "__iter__",
+    "__getitem__",
+    "__setitem__",
+    "__contains__",
+    "__eq__",
+    "__ne__",
+    "__lt__",
+    "__le__",
+    "__gt__",
+    "__ge__",
+    "__add__",
+    "__radd__",
+    "__iadd__",
+    "__sub__",
+    "__rsub__",
+    "__isub__",
+    "__mul__",
+    "__rmul__",
+    "__imul__",
+    "__truediv__",
+    "__rtruediv__",
+    "__itruediv__",
+    "__floordiv__",
+    "__rfloordiv__",
+    "__mod__",
+    "__rmod__",
+    "__pow__",
+    "__matmul__",
+    "__rmatmul__",
+    "__and__",
+    "__or__",
+    "__xor__",
+    "__invert__",
+    "__neg__",
+    "__index__",
+    "__int__",
+    "__float__",
+    "__str__",
+    "__format__",
+    "__hash__",
+    "__torch_function__",
+]:
     setattr(Undefined, _name, _raising(_name))
 
 
@@ -90,10 +132,34 @@ def _guarded(name: str) -> Any:
     return method
 
 
-for _name in (
-    "__len__ __iter__ __getitem__ __setitem__ __delitem__ __contains__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __add__ "
-    "__iadd__ __mul__ __rmul__ __imul__ __reversed__ copy count index insert pop remove reverse sort"
-).split():
+for _name in [
+    "__len__",
+    "__iter__",
+    "__getitem__",
+    "__setitem__",
+    "__delitem__",
+    "__contains__",
+    "__eq__",
+    "__ne__",
+    "__lt__",
+    "__le__",
+    "__gt__",
+    "__ge__",
+    "__add__",
+    "__iadd__",
+    "__mul__",
+    "__rmul__",
+    "__imul__",
+    "__reversed__",
+    "copy",
+    "count",
+    "index",
+    "insert",
+    "pop",
+    "remove",
+    "reverse",
+    "sort",
+]:
     setattr(SomeItems, _name, _guarded(_name))
 
 
@@ -120,7 +186,9 @@ class Count:
         raise self.items._error()
 
     __index__ = __int__ = __float__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refused
-    __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __lt__ = __le__ = __hash__ = __str__ = __format__ = _refused
+    __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __lt__ = __le__ = __hash__ = __str__ = (
+        __format__
+    ) = _refused
 
     def __gt__(self, other: Any) -> Any:
         return self.items if type(other) is int and other == 0 else self._refused()

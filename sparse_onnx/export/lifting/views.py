@@ -10,9 +10,23 @@ from torch import Tensor, fx
 
 from sparse_onnx.export.lifting.program import Program, name_of, value_of
 
-_SAME = ("aten::alias", "aten::detach", "aten::contiguous", "aten::clone", "aten::lift_fresh_copy", "aten::view_as")
+_SAME = (
+    "aten::alias",
+    "aten::detach",
+    "aten::contiguous",
+    "aten::clone",
+    "aten::lift_fresh_copy",
+    "aten::view_as",
+)
 _CONVERSIONS = ("aten::_to_copy", "aten::to")
-_RESHAPES = ("aten::view", "aten::reshape", "aten::flatten", "aten::_unsafe_view", "aten::ravel", "aten::unflatten")
+_RESHAPES = (
+    "aten::view",
+    "aten::reshape",
+    "aten::flatten",
+    "aten::_unsafe_view",
+    "aten::ravel",
+    "aten::unflatten",
+)
 _SQUEEZES = ("aten::squeeze",)
 
 
@@ -67,7 +81,14 @@ def _before(program: Program, node: fx.Node, at: dict[int, int]) -> tuple[fx.Nod
         return source, {d - (d > dim): i for d, i in at.items() if d != dim}
     if name in _SQUEEZES:
         return source, _unsqueezed(node, at)
-    if name in ("aten::permute", "aten::transpose", "aten::t", "aten::numpy_T", "aten::movedim", "aten::swapaxes"):
+    if name in (
+        "aten::permute",
+        "aten::transpose",
+        "aten::t",
+        "aten::numpy_T",
+        "aten::movedim",
+        "aten::swapaxes",
+    ):
         order = _order(node)
         return None if order is None else (source, {order[d]: i for d, i in at.items()})
     if name in _RESHAPES:
@@ -108,7 +129,9 @@ def _selected(at: Mapping[int, int], dim: int, index: int, before: Tensor) -> di
     return {**{d + (d >= dim): i for d, i in at.items()}, dim: index}
 
 
-def _constant_index(program: Program, node: fx.Node, at: dict[int, int]) -> tuple[fx.Node, dict[int, int]] | None:
+def _constant_index(
+    program: Program, node: fx.Node, at: dict[int, int]
+) -> tuple[fx.Node, dict[int, int]] | None:
     """`x[tensor(3)]`, where the tensor is a constant of the trace."""
     source, indices = node.args
     given = [(dim, each) for dim, each in enumerate(indices) if each is not None]  # type: ignore[arg-type]
@@ -166,7 +189,9 @@ def _reshaped(before: Tensor, after: Tensor, at: Mapping[int, int]) -> dict[int,
 def _equal(left: Any, right: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return len(left) == len(right) and all(statically_known_true(a == b) for a, b in zip(left, right, strict=True))
+    return len(left) == len(right) and all(
+        statically_known_true(a == b) for a, b in zip(left, right, strict=True)
+    )
 
 
 def before_reduction(node: fx.Node, at: Mapping[int, int]) -> dict[int, int] | None:
@@ -175,7 +200,7 @@ def before_reduction(node: fx.Node, at: Mapping[int, int]) -> dict[int, int] | N
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return None
     given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    if given is None or isinstance(given, (list, tuple)) and not given:
+    if given is None or (isinstance(given, (list, tuple)) and not given):
         return {}
     listed = given if isinstance(given, (list, tuple)) else [given]
     if not all(isinstance(d, int) and not isinstance(d, bool) for d in listed):
@@ -194,10 +219,16 @@ def counting(program: Program, node: fx.Node) -> int | None:
         source = source.args[0]  # type: ignore[assignment]
     if name_of(source) == "aten::arange":
         numbers = [each for each in source.args if isinstance(each, int)]
-        plain = len(numbers) == len(source.args) and (len(numbers) == 1 or (numbers[0] == 0 and len(numbers) == 2))
+        plain = len(numbers) == len(source.args) and (
+            len(numbers) == 1 or (numbers[0] == 0 and len(numbers) == 2)
+        )
     else:
         constant = program.constant(source)
-        plain = constant is not None and constant.dim() == 1 and constant.tolist() == list(range(constant.numel()))
+        plain = (
+            constant is not None
+            and constant.dim() == 1
+            and constant.tolist() == list(range(constant.numel()))
+        )
     wide = [dim for dim, size in enumerate(value_of(node).shape) if not (isinstance(size, int) and size == 1)]
     return wide[0] if plain and len(wide) == 1 else None
 
@@ -206,10 +237,19 @@ def same_values(node: fx.Node) -> fx.Node | None:
     """What an operator takes all its elements from, leaving none out: sorting, `unique`."""
     if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
         several, index = node.args
-        if isinstance(several, fx.Node) and index == 0:
-            if name_of(several) in ("aten::sort", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive"):
-                source = several.args[0]
-                return source if isinstance(source, fx.Node) else None
+        if (
+            isinstance(several, fx.Node)
+            and index == 0
+            and name_of(several)
+            in (
+                "aten::sort",
+                "aten::_unique2",
+                "aten::unique_dim",
+                "aten::unique_consecutive",
+            )
+        ):
+            source = several.args[0]
+            return source if isinstance(source, fx.Node) else None
     if name_of(node) in ("aten::flip", "aten::roll"):
         return node.args[0] if isinstance(node.args[0], fx.Node) else None
     return None

@@ -37,7 +37,9 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int = HIDDEN, hidden_dim: int = INNER, act: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(dim, hidden_dim), act(), nn.Linear(hidden_dim, dim), nn.Dropout(0.1))
+        self.net = nn.Sequential(
+            nn.Linear(dim, hidden_dim), act(), nn.Linear(hidden_dim, dim), nn.Dropout(0.1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)

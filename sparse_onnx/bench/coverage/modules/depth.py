@@ -83,7 +83,7 @@ class MixtureOfDepths(nn.Module):
         self.router, self.layer = nn.Linear(HIDDEN, 1, bias=False), MLP()
 
     def forward(self, x: Tensor) -> Tensor:
-        b, s, d = x.shape
+        _, s, d = x.shape
         k = max(1, int(0.5 * s))
         weight = self.router(x).squeeze(-1)
         top, index = torch.topk(weight, k, dim=1)
