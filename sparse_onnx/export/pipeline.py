@@ -14,15 +14,17 @@ import onnx_ir as ir
 import torch
 
 from sparse_onnx import blocks
-from sparse_onnx.core.errors import ModelError, UsageError, VerificationError
+from sparse_onnx.core.errors import ModelError, OutsideError, UsageError, VerificationError
 from sparse_onnx.core.report import Report, VerifyRecord
 from sparse_onnx.export import (
     adapters,
+    attempts,
     block_check,
     check,
     experts,
     past,
     planning,
+    recognised,
     samples,
     trace,
     translate,
@@ -71,9 +73,7 @@ def run(
         found = experts.find(replaced.module)
         notes = [*source.notes, *adapted.notes, *_about(found)]
         say("tracing")
-        trace_of = past.trace_with_past if isinstance(source, past.PastSource) else trace.trace
-        traced = trace_of(replaced, found, opset)
-    plan, plan_notes = planning.plan(source, traced.assumptions)
+        traced, plan, plan_notes = attempts.trace(replaced, found, opset)
     notes += plan_notes
     half = half_type(source)
     narrow = traced.model
@@ -101,6 +101,8 @@ def run(
     if isinstance(source, past.PastSource):
         notes.append(past.write_config(source, out))
     model = io.load(out)
+    if not found:
+        notes += recognised.notes(out)
     return Report(
         "export", model=stats.record(model, out), blocks=block_records(model), verify=record, notes=notes
     )
@@ -126,10 +128,6 @@ def _compare(
 
 
 def _about(found: list[experts.Experts]) -> list[str]:
-    if not found:
-        return [
-            "no experts module was found, so no block was kept whole; `inspect` says what is in the graph"
-        ]
     return [
         f"{entry.path}: {entry.reason}; exported operator by operator, not as a block"
         for entry in found
@@ -208,7 +206,10 @@ def _run_half(source: Source, path: Path, plan: list[samples.Run]) -> str:
     errors: list[np.ndarray] = []
     for run in plan:
         expected = leaves(source.forward(run.inputs))[0].float().numpy()
-        actual = sessions.run(session, {name: value.numpy() for name, value in run.inputs.items()})[0]
+        try:
+            actual = sessions.run(session, {name: value.numpy() for name, value in run.inputs.items()})[0]
+        except OutsideError as error:
+            return f"the float16 file itself was not run: {error.message}"
         per_token = np.abs(actual.astype(np.float32) - expected).reshape(-1, expected.shape[-1]).max(axis=1)
         errors.append(per_token / max(float(np.abs(expected).max()), 1e-30))
     error = np.concatenate(errors)

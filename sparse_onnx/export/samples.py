@@ -13,11 +13,14 @@ from torch import Tensor
 
 from sparse_onnx.core.errors import UsageError
 
-#: `random`; `one`: all rows or token ids alike, so that a router sends every token to the same experts;
+#: `random`; `one`: all rows or token ids alike, floats but for a little, so that a router sends every token to the
+#: same experts;
 #: `padded`: the attention mask leaves out the first tokens of the first sequence.
 Kind = Literal["random", "one", "padded"]
 #: Share of true values in booleans.
 _TRUE = 0.7
+#: How far rows differ that are to go to one expert.
+_LITTLE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,9 @@ class Spec:
         if self.dtype == torch.bool:
             return self._booleans(shape, kind, generator)
         if self.dtype.is_floating_point:
-            drawn = self._floats(shape[-1:] if kind == "one" else shape, generator)
+            drawn = self._floats(shape[-1:], generator) if kind == "one" else self._floats(shape, generator)
+            if kind == "one":
+                drawn = self._told_apart(drawn.expand(shape), generator)
         else:
             low, high = _range(self.example) or (0, 0)
             drawn = torch.randint(
@@ -77,6 +82,12 @@ class Spec:
         finite = example[example.isfinite()]
         drawn = torch.randn(shape, generator=generator) * finite.std() + finite.mean()
         return drawn.clamp(low, high)
+
+    def _told_apart(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Equal rows but for a little: where experts choose tokens, equal ones are ties, and torch and ONNX
+        Runtime may each take another."""
+        low, high = _range(self.example) or (-math.inf, math.inf)
+        return (rows * (1 + _LITTLE * torch.randn(rows.shape, generator=generator))).clamp(low, high)
 
     def _booleans(self, shape: tuple[int, ...], kind: Kind, generator: torch.Generator) -> Tensor:
         """The first of each row is true: a mask without any has no answer."""

@@ -245,11 +245,12 @@ def users_code(where: str, what: str = "the source") -> Iterator[None]:
         message = " ".join(str(error).split())[:300]
         text = f"{type(error).__name__}: {message}" if message else type(error).__name__
         raise OutsideError(
-            f"{what} raised {text}{_place(error)}", "--debug shows all of it", where=where
+            f"{what} raised {text}{place_of(error)}", "--debug shows all of it", where=where
         ) from error
 
 
-def _place(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
+    """Where in the user's code it was raised; empty if nowhere there."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" at {error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from sparse_onnx.core.errors import ImpossibleError
-from sparse_onnx.export import experts, guards, translate
+from sparse_onnx.export import experts, guards, lifting, operators, program_fixes, python_numbers, translate
 from sparse_onnx.export.failure import root_line
 from sparse_onnx.export.samples import Interface
-from sparse_onnx.export.sources import Source, leaves
+from sparse_onnx.export.sources import Source, leaves, place_of
 
 _FIXED_AXIS = re.compile(
     r"You marked L\['(?P<name>\w+)'\]\.size\(\)\[(?P<axis>\d+)\] as dynamic "
@@ -37,10 +37,17 @@ class Traced:
     program: Callable[..., Any]
     assumptions: list[guards.Guard]
     symbols: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
-def trace(source: Source, found: list[experts.Experts], opset: int) -> Traced:
+def trace(source: Source, found: list[experts.Experts], opset: int, *, lift: bool = False) -> Traced:
     """Traces the source at sizes that are pairwise different and at least 2, all dynamic axes free.
+
+    Args:
+        source: what to trace.
+        found: its experts modules.
+        opset: version of the ONNX operators.
+        lift: lift its data-dependent Python control flow.
 
     Raises:
         ImpossibleError: torch.export or torch.onnx cannot follow the model, or they fix the size of a dynamic
@@ -58,6 +65,10 @@ def trace(source: Source, found: list[experts.Experts], opset: int) -> Traced:
     with translate.quiet(), experts.hooked(found, grouped=source.is_transformers), _refused():
         if source.is_transformers:
             return _trace_transformers(source, inputs, shapes, opset)
+        if lift:
+            with lifting.lifted(source.module) as lifted:
+                traced = _trace_module(source, inputs, shapes, opset)
+            return dataclasses.replace(traced, notes=tuple(lifted.notes))
         return _trace_module(source, inputs, shapes, opset)
 
 
@@ -67,7 +78,17 @@ def _trace_module(source: Source, inputs: dict[str, Tensor], shapes: dict[str, A
     runnable, assumptions = _runnable(program, source.interface), guards.guards_of(program, source.interface)
     symbols = _symbols(program, source.interface)
     names = _output_names(source.forward(inputs), inputs)
-    model = translate.to_onnx(program, opset=opset, input_names=list(inputs), output_names=names)
+    # With gradients torch traces each branch of a condition once more, and stumbles over sizes made in it.
+    with torch.no_grad():
+        program_fixes.apply(program.graph_module)
+        model = translate.to_onnx(
+            program,
+            opset=opset,
+            input_names=list(inputs),
+            output_names=names,
+            table={**python_numbers.TABLE, **operators.TABLE},
+        )
+    python_numbers.retype(model)
     return Traced(model, runnable, assumptions, symbols)
 
 
@@ -143,7 +164,9 @@ def _refused() -> Iterator[None]:
                 f"the model's code fixes axis {fixed['axis']} of '{fixed['name']}' at {fixed['size']}",
                 "make that axis static, or compute with tensor operations instead of Python loops over it",
             ) from error
-        raise ImpossibleError(f"torch cannot export the model: {root_line(error)}", _hint(error)) from error
+        raise ImpossibleError(
+            f"torch cannot export the model: {root_line(error)}{place_of(error)}", _hint(error)
+        ) from error
 
 
 def _hint(error: BaseException) -> str:

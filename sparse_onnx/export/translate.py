@@ -34,7 +34,7 @@ from onnxscript.rewriter.rules.common import (
 from sparse_onnx import blocks
 from sparse_onnx.blocks.moe import NAME_KEY
 from sparse_onnx.core.errors import ImpossibleError
-from sparse_onnx.export import experts
+from sparse_onnx.export import experts, subgraph_outputs
 
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 _FOLD_INPUT, _FOLD_OUTPUT = 1 << 13, 1 << 18
@@ -196,6 +196,7 @@ def tidy(model: ir.Model) -> None:
         _apply(model, common.InlinePass(), fold, *clean, RewritePass(rules), fold, *clean, *lift)
         _share_zero_biases(model.graph)
         _share_constants(model.graph)
+        subgraph_outputs.own(model)
         _apply(model, *finish)
 
 

@@ -138,7 +138,7 @@ def _squeezed(node: ir.Node, piece: ir.Value) -> Matrix | None:
 def _drops_first_axis(node: ir.Node, piece: ir.Value) -> bool:
     target = node.outputs[0].shape
     wanted = ints(node.inputs[1])
-    if piece.shape is None or not piece.shape.is_static() or piece.shape[0] != 1:
+    if piece.shape is None or not piece.shape.is_static() or piece.shape.numpy()[:1] != (1,):
         return False
     rest = list(piece.shape.numpy()[1:])
     if target is not None and target.is_static():

@@ -1,0 +1,1 @@
+"""What exporters make of sparse models: transformers' architectures, and modules as people write them."""

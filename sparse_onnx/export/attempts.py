@@ -1,0 +1,39 @@
+"""A trace of the module as it is; where that is refused, one with its Python control flow lifted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sparse_onnx.core.errors import ImpossibleError
+from sparse_onnx.export import experts, past, planning, samples
+from sparse_onnx.export import trace as tracing
+from sparse_onnx.export.sources import Source
+
+Attempt = tuple[tracing.Traced, list[samples.Run], list[str]]
+
+
+def trace(source: Source, found: Sequence[experts.Experts], opset: int) -> Attempt:
+    """The trace, the runs that it is compared on, and notes.
+
+    Raises:
+        ImpossibleError: neither trace is right for all sizes and values, or there is none.
+    """
+    try:
+        return _attempt(source, found, opset, lift=False)
+    except ImpossibleError as plain:
+        if source.is_transformers:
+            raise
+        refused = plain
+    try:
+        return _attempt(source, found, opset, lift=True)
+    except ImpossibleError as error:
+        raise error from refused
+
+
+def _attempt(source: Source, found: Sequence[experts.Experts], opset: int, *, lift: bool) -> Attempt:
+    if isinstance(source, past.PastSource):
+        traced = past.trace_with_past(source, list(found), opset)
+    else:
+        traced = tracing.trace(source, list(found), opset, lift=lift)
+    plan, notes = planning.plan(source, traced.assumptions)
+    return traced, plan, [*traced.notes, *notes]

@@ -1,0 +1,215 @@
+"""Loops over the experts that were hit: `for expert in hit:`, where how many there are depends on the routing.
+
+The loop goes over all experts instead, each turn under the condition that its expert was hit. That is the same
+loop if the hits are distinct integers below a known number, in ascending order: those of `nonzero` of a mask
+over experts, and of `unique` of an index that comes from `topk`, `argmax` and the like.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from sparse_onnx.export.lifting import graph_edits, views
+from sparse_onnx.export.lifting.program import Program, data_dependent, name_of, tracing, value_of
+from sparse_onnx.export.lifting.values import Place, refuse
+
+if TYPE_CHECKING:
+    from sparse_onnx.export.lifting.runtime import Runtime
+
+_HINT = "loop over all experts, range(number of experts), or write an adapter (--adapter)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """`tensor.tolist()` of a length that depends on tensors: good for looping over it."""
+
+    tensor: Tensor
+    place: Place
+
+    def _refused(self, *args: Any) -> Any:
+        raise refuse(self.place, "makes a Python list of a length that depends on tensor values", _HINT)
+
+    __len__ = __iter__ = __getitem__ = __bool__ = __add__ = __radd__ = _refused
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hits:
+    """The numbers below `count` at which `source` is true, or that it holds."""
+
+    source: fx.Node
+    count: int
+    is_mask: bool
+
+
+def of(items: Any, runtime: Runtime, place: Place | None) -> Iterator[tuple[Any, Any]] | None:
+    """`(condition, item)` for each turn that the loop may have; None for loops of a length known in the trace."""
+    place = place or ("", 0, "")
+    tensor = items.tensor if isinstance(items, Numbers) else items
+    if isinstance(tensor, Numbers) or not isinstance(tensor, Tensor) or tracing() is None or not tensor.dim():
+        return None
+    length = tensor.shape[0]
+    if isinstance(length, torch.SymInt) and not data_dependent(length):
+        raise refuse(place, "loops in Python over a dynamic axis", "use tensor operations, or make it static")
+    if not data_dependent(length):
+        return None
+    program = Program(tracing().tracer.graph, tracing().tracer.root)
+    program.count_writes()
+    node = graph_edits.node_of(tensor)
+    hits = _found(program, node) if node is not None else None
+    if hits is None or any(not isinstance(size, int) or size != 1 for size in tensor.shape[1:]):
+        raise refuse(place, "loops over tensor values that are not known to be distinct experts", _HINT)
+    return _turns(hits, program, tensor, isinstance(items, Numbers))
+
+
+def _turns(hits: _Hits, program: Program, tensor: Tensor, numbers: bool) -> Iterator[tuple[Any, Any]]:
+    source = graph_edits.readable(hits.source)
+    for expert in range(hits.count):
+        present = source.select(0, expert).bool() if hits.is_mask else (source == expert).any()
+        if numbers and tensor.dim() == 1:
+            yield present, expert
+        elif numbers:
+            yield present, [expert]
+        else:
+            yield present, _constant(expert, tensor)
+
+
+def _constant(expert: int, tensor: Tensor) -> Tensor:
+    """A tensor whose value the trace knows, so that it indexes a ModuleList."""
+    value: Any = expert
+    for _ in tensor.shape[1:]:
+        value = [value]
+    return torch.tensor(value, dtype=tensor.dtype)
+
+
+def _found(program: Program, node: fx.Node) -> _Hits | None:
+    """The mask or index that hits come from."""
+    while True:
+        if not program.current(node):
+            return None
+        earlier = _earlier(node)
+        if earlier is None:
+            break
+        node = earlier
+    name, source = name_of(node), node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if name in ("aten::nonzero", "aten::argwhere", "aten::nonzero_numpy", "aten::where"):
+        mask = value_of(source)
+        if mask.dim() == 1 and isinstance(mask.shape[0], int) and program.unchanged_since(source, node):
+            return _Hits(source, mask.shape[0], True)
+    if name == "aten::_unique2" or name == "aten::unique_dim":
+        count = bound(program, source)
+        if count is not None and program.unchanged_since(source, node):
+            return _Hits(source, count, False)
+    return None
+
+
+def _earlier(node: fx.Node) -> fx.Node | None:
+    """What holds the same hits in the same order."""
+    name, args = name_of(node), node.args
+    if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
+        several, index = args
+        if isinstance(several, fx.Node) and index == 0:
+            if name_of(several) in ("aten::unbind", "aten::split"):
+                return several.args[0] if _is_column(several.args[0]) else None  # type: ignore[return-value]
+            if name_of(several) in (
+                "aten::_unique2",
+                "aten::unique_dim",
+                "aten::nonzero_numpy",
+                "aten::where",
+            ):
+                return several
+        return None
+    source = args[0] if args else None
+    if not isinstance(source, fx.Node):
+        return None
+    moved = (
+        "aten::squeeze",
+        "aten::view",
+        "aten::reshape",
+        "aten::flatten",
+        "aten::unsqueeze",
+        "aten::select",
+    )
+    if views.is_copy(node) or (name in moved and _is_column(source)):
+        return source
+    return None
+
+
+def _is_column(node: Any) -> bool:
+    """Whether a tensor has one element a row, so that reshaping keeps which and in what order."""
+    value = value_of(node)
+    sizes = tuple(value.shape) if isinstance(value, Tensor) else ()
+    return len(sizes) >= 1 and all(isinstance(size, int) and size == 1 for size in sizes[1:])
+
+
+def bound_of(tensor: Tensor) -> int | None:
+    """A number that all elements of a tensor of the trace, integers from 0 on, stay below."""
+    node = graph_edits.node_of(tensor)
+    if node is None:
+        return None
+    program = Program(tracing().tracer.graph, tracing().tracer.root)
+    program.count_writes()
+    return bound(program, node)
+
+
+def bound(program: Program, node: Any, depth: int = 0) -> int | None:
+    """A number that all elements, which are integers from 0 on, stay below."""
+    if not isinstance(node, fx.Node) or depth > 40 or not program.current(node):
+        return None
+    below, _ = views.base(program, node, {})
+    if below is not node:
+        return bound(program, below, depth + 1)
+    name, args = name_of(node), node.args
+    if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
+        several, index = args
+        if (
+            isinstance(several, fx.Node)
+            and index == 1
+            and name_of(several) in ("aten::topk", "aten::max", "aten::min", "aten::sort")
+        ):
+            position = 2 if name_of(several) == "aten::topk" else 1
+            return _size(several, position)
+        if (
+            isinstance(several, fx.Node)
+            and index == 0
+            and name_of(several) in ("aten::sort", "aten::_unique2")
+        ):
+            return bound(program, several.args[0], depth + 1)
+        return None
+    if name in ("aten::argmax", "aten::argmin"):
+        return _size(node, 1)
+    if name == "aten::argsort":
+        return _size(node, 1)
+    if name == "aten::multinomial":
+        return _static(value_of(args[0]).shape[-1])
+    if name == "aten::remainder" and isinstance(args[1], int) and args[1] > 0:
+        return args[1]
+    if name in (
+        "aten::slice",
+        "aten::index",
+        "aten::gather",
+        "aten::index_select",
+        "aten::expand",
+        "aten::masked_select",
+    ):
+        return bound(program, args[0], depth + 1)
+    if name in ("aten::cat", "aten::stack"):
+        each = [bound(program, part, depth + 1) for part in args[0]]  # type: ignore[union-attr]
+        return None if None in each or not each else max(each)  # type: ignore[type-var]
+    return None
+
+
+def _size(node: fx.Node, position: int) -> int | None:
+    source = value_of(node.args[0])
+    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", -1)
+    return _static(source.shape[dim]) if isinstance(dim, int) and not isinstance(dim, bool) else None
+
+
+def _static(size: Any) -> int | None:
+    return size if isinstance(size, int) else None

@@ -1,0 +1,242 @@
+"""What rewritten code calls: it decides what is a Python value, and lifts what depends on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_onnx.export.lifting import functions, hits, substitutes
+from sparse_onnx.export.lifting.branch import Concrete, Lifted
+from sparse_onnx.export.lifting.program import Sym, data_dependent, storage, tracing, writes
+from sparse_onnx.export.lifting.values import Count, Negated, Place, SomeItems, Undefined, refuse, written
+
+_USE_TENSORS = "use tensor operations there, or write an adapter (--adapter)"
+
+
+class Runtime:
+    """One trace of one module. Its methods are what rewritten code asks for, and are not for others."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.open: list[Lifted] = []
+        self.notes: list[str] = []
+        self._present: Any = True
+        self._watched: list[tuple[Place, int, int]] = []
+        self._functions = functions.Functions(self)
+
+    def note(self, place: Place, text: str) -> None:
+        note = f"{written(place)} {text}"
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def watch(self, place: Place, *values: Any) -> None:
+        """Two tensors that are equal, of which one stands for both from now on: neither may be written to."""
+        mode = tracing()
+        position = len(mode.tracer.graph.nodes)
+        for value in values:
+            if isinstance(value, Tensor):
+                key = storage(value)
+                if key is not None:
+                    self._watched.append((place, key, position))
+
+    def finish(self) -> None:
+        """Checks what can be known at the end only.
+
+        Raises:
+            ImpossibleError: a tensor that stands for two was written to.
+        """
+        mode = tracing()
+        if mode is None or not self._watched:
+            return
+        for position, node in enumerate(mode.tracer.graph.nodes):
+            changed = {storage(target) for target in writes(node)}
+            for place, key, since in self._watched:
+                if key in changed and position >= since:
+                    raise refuse(
+                        place,
+                        "depends on tensor values and rebinds a tensor that is written to later",
+                        _USE_TENSORS,
+                    )
+
+    def concrete(self, value: Any, place: Place) -> Any:
+        """A condition where both sides cannot be run."""
+        if self._depends(value):
+            raise refuse(
+                place,
+                "depends on tensor values and leaves its loop or function from within another statement",
+                _USE_TENSORS,
+            )
+        return value
+
+    def _depends(self, value: Any) -> bool:
+        """Whether the truth of a value is not known in the trace."""
+        if isinstance(value, (Count, Negated)):
+            value = value.items
+        if isinstance(value, SomeItems):
+            return value.place is not None and not value.surely_some()
+        if isinstance(value, Tensor):
+            return tracing() is not None and getattr(value, "constant", None) is None and _fake(value)
+        if isinstance(value, Sym) and data_dependent(value):
+            return _known(value) is None
+        return isinstance(value, hits.Numbers)
+
+    def branch(
+        self,
+        value: Any,
+        place: Place,
+        values: Mapping[str, Any],
+        names: tuple[str, ...],
+        read_later: frozenset[str],
+    ) -> Concrete | Lifted:
+        if not self._depends(value):
+            return Concrete(_truth(value), place)
+        if isinstance(value, Count):
+            value = value.items
+        truth = not isinstance(value, Negated)
+        condition = self._condition(value if truth else value.items, place)
+        return Lifted(self, condition, place, values, names, read_later, truth)
+
+    def _condition(self, value: Any, place: Place) -> Any:
+        if isinstance(value, hits.Numbers):
+            raise refuse(place, "tests how many experts are hit", _USE_TENSORS)
+        if isinstance(value, torch.SymInt):
+            return value != 0
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise refuse(place, f"is a tensor of shape {tuple(value.shape)}, not one truth", _USE_TENSORS)
+        return value
+
+    def select(self, value: Any, then: Callable[[], Any], other: Callable[[], Any], place: Place) -> Any:
+        """`then if value else other`."""
+        branch = self.branch(value, place, {}, ("result",), frozenset({"result"}))
+        result = None
+        while branch.more():
+            branch.leave({"result": then() if branch.side else other()})
+            result = branch.value("result")
+        return result
+
+    def both(self, place: Place, *values: Callable[[], Any]) -> Any:
+        """`a and b`: the first that is false, else the last."""
+        return self._joined(place, values, torch.logical_and, True)
+
+    def either(self, place: Place, *values: Callable[[], Any]) -> Any:
+        """`a or b`: the first that is true, else the last."""
+        return self._joined(place, values, torch.logical_or, False)
+
+    def _joined(self, place: Place, values: Iterable[Callable[[], Any]], join: Any, goes_on: bool) -> Any:
+        result: Any = goes_on
+        depends = False
+        for thunk in values:
+            value = thunk()
+            if not depends and not self._depends(value):
+                if _truth(value) != goes_on:
+                    return value
+                result = value
+                continue
+            truth = self._as_truth(value, place)
+            if not depends:
+                result, depends = truth, True
+            elif isinstance(result, torch.SymBool) and isinstance(truth, torch.SymBool):
+                result = result & truth if join is torch.logical_and else result | truth
+            else:
+                result = join(_tensor(result), _tensor(truth))
+        return result
+
+    def _as_truth(self, value: Any, place: Place) -> Any:
+        if not self._depends(value):
+            return torch.tensor(_truth(value))
+        if isinstance(value, (SomeItems, Count, Negated)):
+            raise refuse(place, "joins conditions of which one is a list of an unknown length", _USE_TENSORS)
+        condition = self._condition(value, place)
+        return condition.reshape(()).bool() if isinstance(condition, Tensor) else condition
+
+    def negated(self, value: Any) -> Any:
+        """`not value`."""
+        if not self._depends(value):
+            return not value
+        if isinstance(value, (SomeItems, Count)):
+            return Negated(value.items if isinstance(value, Count) else value)
+        if isinstance(value, Negated):
+            return value.items
+        if isinstance(value, Tensor):
+            return torch.logical_not(value)
+        return value == 0 if isinstance(value, torch.SymInt) else torch.sym_not(value)
+
+    def contains(self, container: Any, item: Any, place: Place) -> Any:
+        """`item in container`."""
+        if isinstance(container, Tensor) and self._depends(container):
+            return (container == item).any()
+        if isinstance(container, hits.Numbers):
+            return (container.tensor == item).any()
+        return item in container
+
+    def call(self, function: Any, place: Place) -> Any:
+        """What is called instead of a function: its rewritten form, or one that takes symbolic sizes."""
+        return substitutes.find(function, self, place) or self._functions.find(function)
+
+    def asserted(self, value: Any, place: Place) -> Any:
+        """The truth of an assertion; one that depends on tensors is left out of the graph."""
+        if not self._depends(value):
+            return value
+        self.note(place, "is not checked by the graph")
+        return True
+
+    def refuses(self, place: Place) -> bool:
+        """Whether an error is raised on one side of a lifted branch only, which is then left out."""
+        if self.open:
+            self.open[-1].raising = True
+        return bool(self.open)
+
+    def iterate(self, items: Any, place: Place | None = None) -> Iterator[Any]:
+        """The items of a loop. `present` says of each whether the loop has it."""
+        found = hits.of(items, self, place)
+        for present, item in found if found is not None else ((True, item) for item in items):
+            self._present = present
+            yield item
+
+    def present(self) -> Any:
+        return self._present
+
+    def plainly(self, items: Any, place: Place) -> Any:
+        """The items of a loop that cannot leave out some of them."""
+        if hits.of(items, self, place) is not None:
+            raise refuse(place, "loops over tensor values", _USE_TENSORS)
+        return items
+
+    def list(self, items: list[Any]) -> SomeItems:
+        return SomeItems(items)
+
+    def read(self, value: Any) -> Any:
+        if type(value) is Undefined:
+            raise value._error()
+        return value
+
+
+def _truth(value: Any) -> bool:
+    if isinstance(value, Sym):
+        known = _known(value)
+        if known is not None:
+            return known
+    return bool(value)
+
+
+def _known(value: Any) -> bool | None:
+    """The truth of a size or truth that depends on tensors, where it is the same for all of them."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    if not data_dependent(value):
+        return None
+    truth = value != 0 if isinstance(value, (torch.SymInt, torch.SymFloat)) else value
+    if statically_known_true(truth):
+        return True
+    return False if statically_known_true(torch.sym_not(truth)) else None
+
+
+def _tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.scalar_tensor(torch.sym_ite(value, 1, 0)).bool()
+
+
+def _fake(value: Tensor) -> bool:
+    return isinstance(value, torch._subclasses.FakeTensor) or torch._is_functional_tensor(value)

@@ -1,0 +1,254 @@
+"""Python's and torch's functions on sizes that are symbols in the trace, where they would fix the traced size."""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_onnx.export.lifting import hits
+from sparse_onnx.export.lifting.program import Sym, data_dependent, tracing
+from sparse_onnx.export.lifting.values import Count, Place, SomeItems, refuse
+
+if TYPE_CHECKING:
+    from sparse_onnx.export.lifting.runtime import Runtime
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat)
+_STATIC = "use tensor operations, or make that axis static"
+
+
+def find(function: Any, runtime: Runtime, place: Place) -> Callable[..., Any] | None:
+    """The function to call in its stead; None: that one as it is."""
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, Tensor) and getattr(function, "__name__", "") in _OF_TENSORS:
+        made = _OF_TENSORS[function.__name__]
+        return lambda *args, **kwargs: made(runtime, place, function, owner, *args, **kwargs)
+    try:
+        made = _FUNCTIONS.get(function)
+    except TypeError:  # not hashable
+        return None
+    if made is None:
+        return None
+    return lambda *args, **kwargs: made(runtime, place, function, *args, **kwargs)
+
+
+def _depends(runtime: Runtime, value: Any) -> bool:
+    return isinstance(value, Tensor) and runtime._depends(value)
+
+
+def _int(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    value = args[0] if len(args) == 1 and not kwargs else None
+    if isinstance(value, torch.SymFloat):
+        return math.trunc(value)
+    if isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, torch.SymBool):
+        return torch.sym_ite(value, 1, 0)
+    if _depends(runtime, value):
+        return _item(
+            runtime, place, None, value.trunc().long() if value.is_floating_point() else value.long()
+        )
+    return plain(*args, **kwargs)
+
+
+def _float(runtime: Runtime, place: Place, plain: Any, *args: Any) -> Any:
+    value = args[0] if len(args) == 1 else None
+    if isinstance(value, _SYMBOLIC):
+        return torch.sym_float(value)
+    return _item(runtime, place, None, value.double()) if _depends(runtime, value) else plain(*args)
+
+
+def _bool(runtime: Runtime, place: Place, plain: Any, *args: Any) -> Any:
+    value = args[0] if len(args) == 1 else None
+    if args and runtime._depends(value):
+        return runtime._as_truth(value, place)
+    return plain(*args)
+
+
+def _len(runtime: Runtime, place: Place, plain: Any, value: Any) -> Any:
+    if isinstance(value, Tensor) and tracing() is not None and value.dim():
+        return value.shape[0]
+    if isinstance(value, hits.Numbers):
+        return value.tensor.shape[0]
+    if isinstance(value, SomeItems) and value.place is not None:
+        return Count(value)
+    return plain(value)
+
+
+def _extreme(join: Any) -> Any:
+    def extreme(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
+        values = args
+        if len(args) == 1 and isinstance(args[0], (list, tuple)):
+            values = tuple(args[0])
+        if kwargs or len(values) < 2 or not any(isinstance(each, Sym) for each in values):
+            return plain(*args, **kwargs)
+        if any(isinstance(each, Tensor) for each in values):
+            return plain(*args)
+        result = values[0]
+        for each in values[1:]:
+            result = join(result, each)
+        return result
+
+    return extreme
+
+
+def _range(runtime: Runtime, place: Place, plain: Any, *args: Any) -> Any:
+    for each in args:
+        if isinstance(each, torch.SymInt) and each.node.expr.free_symbols:
+            what = "a number that depends on tensor values" if data_dependent(each) else "a dynamic axis"
+            raise refuse(place, f"loops in Python over {what}", _STATIC)
+        if _depends(runtime, each):
+            raise refuse(place, "loops in Python over a number that depends on tensor values", _STATIC)
+    return plain(*args)
+
+
+def _one_hot(runtime: Runtime, place: Place, plain: Any, tensor: Any, num_classes: Any = -1) -> Any:
+    """Of a symbolic number of classes: a comparison with each of them. What torch refuses, an index out of
+    range, gives zeros."""
+    if _depends(runtime, num_classes):
+        num_classes = _item(runtime, place, None, num_classes.long())
+    if not isinstance(num_classes, torch.SymInt):
+        return plain(tensor, num_classes)
+    classes = torch.arange(num_classes, device=tensor.device, dtype=tensor.dtype)
+    return (tensor.unsqueeze(-1) == classes).to(torch.int64)
+
+
+def _tensor(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    """`torch.tensor(capacity)`."""
+    value = args[0] if args else None
+    if isinstance(value, _SYMBOLIC) and not set(kwargs) - {"dtype", "device"}:
+        default = torch.int64 if isinstance(value, torch.SymInt) else torch.get_default_dtype()
+        return torch.scalar_tensor(value, dtype=kwargs.get("dtype") or default, device=kwargs.get("device"))
+    return plain(*args, **kwargs)
+
+
+def _zip_like(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    for each in args:
+        if isinstance(each, hits.Numbers) or (isinstance(each, Tensor) and hits.of(each, runtime, place)):
+            raise refuse(
+                place, "loops over tensor values", "loop over all experts, or write an adapter (--adapter)"
+            )
+    return plain(*args, **kwargs)
+
+
+def _sorted(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    if args and isinstance(args[0], hits.Numbers) and not kwargs:
+        numbers = args[0]
+        return (
+            numbers
+            if plain is sorted and _is_unique(numbers)
+            else hits.Numbers(torch.unique(numbers.tensor), place)
+        )
+    return plain(*args, **kwargs)
+
+
+def _is_unique(numbers: hits.Numbers) -> bool:
+    return numbers.tensor.dim() == 1
+
+
+def _set(runtime: Runtime, place: Place, plain: Any, *args: Any) -> Any:
+    if args and isinstance(args[0], hits.Numbers):
+        return hits.Numbers(torch.unique(args[0].tensor), place)
+    return plain(*args)
+
+
+def _list(runtime: Runtime, place: Place, plain: Any, *args: Any) -> Any:
+    return SomeItems(plain(*args))
+
+
+def _cat(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    """Concatenation along the first axis leaves out what has no rows."""
+    tensors = args[0] if args else kwargs.get("tensors")
+    if isinstance(tensors, SomeItems) and tensors.place is not None:
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+        items = list.copy(tensors)
+        rank = items[0].dim()
+        if dim not in (0, -rank) or any(each.dtype != items[0].dtype for each in items):
+            raise tensors._error()
+        return plain(items, dim=0)
+    return plain(*args, **kwargs)
+
+
+def _item(runtime: Runtime, place: Place, plain: Any, tensor: Tensor) -> Any:
+    return tensor.item() if plain is None else plain()
+
+
+def _tolist(runtime: Runtime, place: Place, plain: Any, tensor: Tensor) -> Any:
+    if not _depends(runtime, tensor):
+        return plain()
+    if tensor.dim() == 0:
+        return tensor.item()
+    length = tensor.shape[0]
+    if isinstance(length, torch.SymInt):
+        return hits.Numbers(tensor, place)
+    return SomeItems(_tolist(runtime, place, plain, each) for each in tensor.unbind())
+
+
+def _bincount(runtime: Runtime, place: Place, plain: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The counts of integers that are known to be below `minlength`, so that their number is known."""
+    given = dict(zip(("weights", "minlength"), args, strict=False)) | kwargs
+    least = given.get("minlength", 0)
+    if not _depends(runtime, tensor) or given.get("weights") is not None or not isinstance(least, int):
+        return plain(tensor, *args, **kwargs) if plain is torch.bincount else plain(*args, **kwargs)
+    count = hits.bound_of(tensor)
+    if count is None or count > least:
+        return plain(tensor, *args, **kwargs) if plain is torch.bincount else plain(*args, **kwargs)
+    return F.one_hot(tensor, least).sum(0)
+
+
+def _numpy(runtime: Runtime, place: Place, plain: Any, tensor: Tensor) -> Any:
+    """Looped over and indexed, an array of integers is like their list."""
+    if not _depends(runtime, tensor):
+        return plain()
+    if tensor.dim() != 1 or tensor.is_floating_point():
+        raise refuse(
+            place, "takes tensor values to numpy", "use torch there, or write an adapter (--adapter)"
+        )
+    numbers = _tolist(runtime, place, plain, tensor)
+    return Array(numbers) if isinstance(numbers, SomeItems) else numbers
+
+
+class Array(SomeItems):
+    """What numpy's integer arrays have besides lists, for numbers that are symbols in the trace."""
+
+    def cumsum(self, axis: int = 0) -> Array:
+        return Array(itertools.accumulate(self))
+
+    def sum(self, axis: int = 0) -> Any:
+        return sum(self)
+
+    def tolist(self) -> SomeItems:
+        return SomeItems(self)
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (len(self),)
+
+
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    builtins.int: _int,
+    builtins.float: _float,
+    builtins.bool: _bool,
+    builtins.len: _len,
+    builtins.max: _extreme(torch.sym_max),
+    builtins.min: _extreme(torch.sym_min),
+    builtins.range: _range,
+    builtins.enumerate: _zip_like,
+    builtins.zip: _zip_like,
+    builtins.sorted: _sorted,
+    builtins.set: _set,
+    builtins.list: _list,
+    F.one_hot: _one_hot,
+    torch.tensor: _tensor,
+    torch.bincount: _bincount,
+    torch.cat: _cat,
+    torch.concat: _cat,
+    torch.concatenate: _cat,
+}
+_OF_TENSORS: dict[str, Callable[..., Any]] = {"tolist": _tolist, "numpy": _numpy, "bincount": _bincount}

@@ -1,0 +1,114 @@
+"""Sizes that Python computes with floats, such as `int(1.1 * tokens / experts)`: in double precision, as Python does.
+
+torch translates them in single precision, where 1.1 * 10 is 11 and not 11.000000000000002, and rounds to another
+capacity.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxscript
+import torch
+
+from sparse_onnx.core.errors import ImpossibleError
+
+_op: Any = onnxscript.opset18
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+_INTEGERS: dict[Any, str] = {operator.mul: "Mul", operator.add: "Add", operator.sub: "Sub"}
+_COMPARED: dict[Any, str] = {
+    operator.lt: "Less",
+    operator.le: "LessOrEqual",
+    operator.gt: "Greater",
+    operator.ge: "GreaterOrEqual",
+    operator.eq: "Equal",
+}
+#: What keeps the type of its inputs.
+_KEEPING = frozenset({"Mul", "Add", "Sub", "Div", "Ceil", "Floor", "Round", "Max", "Min", "Neg", "Identity"})
+
+
+def _is_float(value: Any) -> bool:
+    return value.dtype in _FLOATS if isinstance(value, ir.Value) else isinstance(value, float)
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, ir.Value):
+        return _op.Cast(value, to=ir.DataType.DOUBLE)
+    return _op.Constant(value=ir.tensor(np.array(value, np.float64)))
+
+
+def _integer(value: Any) -> Any:
+    if isinstance(value, ir.Value):
+        return value
+    return _op.Constant(value=ir.tensor(np.array(value, np.int64)))
+
+
+def _arithmetic(name: str) -> Callable[[Any, Any], Any]:
+    def translate(left: Any, right: Any) -> Any:
+        convert = _double if _is_float(left) or _is_float(right) else _integer
+        return getattr(_op, name)(convert(left), convert(right))
+
+    return translate
+
+
+def _quotient(left: Any, right: Any) -> Any:
+    return _op.Div(_double(left), _double(right))
+
+
+def _differs(left: Any, right: Any) -> Any:
+    return _op.Not(_arithmetic("Equal")(left, right))
+
+
+def _rounded(name: str) -> Callable[[Any], Any]:
+    def translate(value: Any) -> Any:
+        if not _is_float(value):
+            return _integer(value)
+        wide = _double(value)
+        return _op.Cast(getattr(_op, name)(wide) if name else wide, to=ir.DataType.INT64)
+
+    return translate
+
+
+def _round(value: Any, digits: Any = None) -> Any:
+    if digits is not None:
+        raise ImpossibleError("a size is rounded to digits", "round it to an integer")
+    return _rounded("Round")(value)
+
+
+#: Translations by Python function.
+TABLE: dict[Any, Callable[..., Any]] = {
+    **{function: _arithmetic(name) for function, name in {**_INTEGERS, **_COMPARED}.items()},
+    operator.ne: _differs,
+    operator.truediv: _quotient,
+    math.trunc: _rounded(""),
+    math.ceil: _rounded("Ceil"),
+    math.floor: _rounded("Floor"),
+    round: _round,
+    torch.sym_float: _double,
+}
+
+
+def retype(model: ir.Model) -> None:
+    """Marks as double what is computed in double, in place: torch notes single precision for every float size."""
+    graphs = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        for node in graph:
+            if node.op_type in _KEEPING and any(
+                v is not None and v.dtype == ir.DataType.DOUBLE for v in node.inputs
+            ):
+                for value in node.outputs:
+                    value.dtype = ir.DataType.DOUBLE
+            elif node.op_type in ("Cast", "Constant") and _makes_double(node):
+                node.outputs[0].dtype = ir.DataType.DOUBLE
+
+
+def _makes_double(node: ir.Node) -> bool:
+    if node.op_type == "Cast":
+        return node.attributes["to"].as_int() == ir.DataType.DOUBLE
+    value = node.attributes.get("value")
+    return value is not None and value.as_tensor().dtype == ir.DataType.DOUBLE
