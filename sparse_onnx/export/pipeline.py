@@ -34,7 +34,7 @@ def run(source: Source, out: Path, folder: Path, *, opset: int, say: Callable[[s
     notes = [*source.notes, *_about(found)]
     say("tracing")
     traced = trace.trace(source, found, opset)
-    plan, plan_notes = planning.plan(source, traced.assumptions)
+    plan, plan_notes = planning.plan(source, traced.assumptions, long=bool(traced.lifted))
     notes += plan_notes
     half = _half(source)
     narrow = traced.model
@@ -112,7 +112,7 @@ def _check_half(
     twin.widen(wide)
     twin_path = _finished(wide, traced.symbols, found, folder / f"float32.{path.name}")
     widened = source.widened()
-    wide_plan, _ = planning.plan(widened, traced.assumptions)
+    wide_plan, _ = planning.plan(widened, traced.assumptions, long=bool(traced.lifted))
     wide_found = [
         dataclasses.replace(entry, module=widened.module.get_submodule(entry.path)) for entry in found
     ]

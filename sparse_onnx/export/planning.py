@@ -14,8 +14,10 @@ _LEAST_RUNS = 6
 _MAX_TRIED = 64
 
 
-def plan(source: Source, assumptions: Sequence[guards.Guard]) -> tuple[list[samples.Run], list[str]]:
-    """The runs, and notes on sizes that the model does not take.
+def plan(
+    source: Source, assumptions: Sequence[guards.Guard], *, long: bool = False
+) -> tuple[list[samples.Run], list[str]]:
+    """The runs, and notes on sizes that the model does not take; `long` adds one of several chunks of the usual 64.
 
     A planned run for which an assumption fails gives way to one of another size only because the module refuses
     it.
@@ -38,6 +40,8 @@ def plan(source: Source, assumptions: Sequence[guards.Guard]) -> tuple[list[samp
     if len(kept) < _LEAST_RUNS:
         more, few = _others(source, assumptions, kept)
         kept, notes = kept + more, notes + few
+    if long and interface.symbols:
+        kept.append(samples.long(interface))
     return [*kept, samples.given(interface)], notes
 
 

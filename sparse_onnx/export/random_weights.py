@@ -14,6 +14,10 @@ from torch import Tensor, nn
 SEED = 0
 ROUTER_SCALE = 3.0
 _BIAS_DEVIATION = 0.1
+#: Buffers that routers add to their scores to choose by: zeros would not tell whether they are added.
+_ROUTER_BIASES = ("correction_bias", "expert_bias", "balancing_biases")
+#: DeepSeek-V4's table `[vocabulary, K]` of experts by token id: zeros would send everything to one expert.
+_HASH_TABLE = "tid2eid"
 
 
 @torch.no_grad()
@@ -38,10 +42,10 @@ def fill(model: nn.Module) -> None:
             if deviation:
                 _normal(f"{path}.{name}", parameter, deviation)
         for name, buffer in module.named_buffers(recurse=False):
-            if name.endswith(
-                "correction_bias"
-            ):  # of DeepSeek's routers: zeros would not tell whether it is added
+            if name.endswith(_ROUTER_BIASES):
                 _normal(f"{path}.{name}", buffer, _BIAS_DEVIATION)
+            elif name == _HASH_TABLE:
+                _choices(f"{path}.{name}", buffer, _sibling_experts(path, experts) or 1)
 
 
 def _deviation(name: str, parameter: Tensor, transposed: bool) -> float:
@@ -60,6 +64,13 @@ def _sibling_experts(path: str, experts: dict[str, int]) -> int | None:
         if path in experts:
             return experts[path]
     return None
+
+
+def _choices(name: str, table: Tensor, experts: int) -> None:
+    """Distinct experts in each row."""
+    generator = torch.Generator().manual_seed(SEED ^ zlib.crc32(name.encode()))
+    drawn = torch.rand(table.shape[0], experts, generator=generator).argsort(dim=1)
+    table.copy_(drawn[:, : table.shape[1]])
 
 
 def _normal(name: str, tensor: Tensor, deviation: float) -> None:

@@ -208,6 +208,7 @@ class Run:
     masks: frozenset[str] = frozenset()
 
 
+_LONG = 150
 _ONE_AXIS: tuple[tuple[int, Kind], ...] = (
     (3, "random"),
     (1, "random"),
@@ -248,6 +249,13 @@ def untraced(interface: Interface) -> list[Run]:
         for seed, (values, kind) in enumerate(plan, start=1)
         if kind != "padded" or interface.masks
     ]
+
+
+def long(interface: Interface) -> Run:
+    """One run of a long sequence."""
+    first, *rest = interface.symbols
+    sizes = {first: 1 if rest else _LONG} | dict.fromkeys(rest, _LONG)
+    return drawn(interface, sizes, "random", _LONG)
 
 
 def drawn(interface: Interface, sizes: Mapping[str, int], kind: Kind, seed: int) -> Run:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_onnx.core.errors import ImpossibleError
-from sparse_onnx.export import experts, guards, translate
+from sparse_onnx.export import experts, guards, scans, translate
 from sparse_onnx.export.failure import root_line
 from sparse_onnx.export.samples import Interface
 from sparse_onnx.export.sources import Source, leaves
@@ -30,13 +30,15 @@ class Traced:
     """The result of one trace.
 
     `model` is neither tidied nor does it hold the neutral functions. `program` runs the traced graph in torch
-    and raises where one of its assertions fails; `assumptions` are about sizes of its inputs.
+    and raises where one of its assertions fails; `assumptions` are about sizes of its inputs. `lifted` names the
+    functions of the model whose loops over a sequence became scans.
     """
 
     model: ir.Model
     program: Callable[..., Any]
     assumptions: list[guards.Guard]
     symbols: Mapping[str, str]
+    lifted: tuple[str, ...] = ()
 
 
 def trace(source: Source, found: list[experts.Experts], opset: int) -> Traced:
@@ -53,7 +55,9 @@ def trace(source: Source, found: list[experts.Experts], opset: int) -> Traced:
     }
     with translate.quiet(), experts.hooked(found), _refused():
         if source.is_transformers:
-            return _trace_transformers(source, inputs, shapes, opset)
+            with scans.lifted(source.module) as ran:
+                traced = _trace_transformers(source, inputs, shapes, opset)
+            return dataclasses.replace(traced, lifted=tuple(dict.fromkeys(ran)))
         return _trace_module(source, inputs, shapes, opset)
 
 
