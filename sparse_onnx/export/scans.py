@@ -33,6 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_onnx.export import substitution
+
 _SCAN, _STACK, _CAT, _FILL, _IS_SYMBOLIC = (
     f"_sparse_onnx_{name}" for name in ("scan", "stack", "cat", "fill", "is_symbolic")
 )
@@ -127,7 +129,7 @@ class _Lift:
     def _block(self, statements: list[ast.stmt]) -> None:
         for position, statement in enumerate(statements):
             if isinstance(statement, ast.For):
-                replacement = self._loop(statement)
+                replacement = substitution.replaced(statement) or self._loop(statement)
                 if replacement is not None:
                     statements[position] = replacement
                     self.count += 1
@@ -415,4 +417,10 @@ def _is_symbolic(length: Any) -> bool:
     return isinstance(length, torch.SymInt)
 
 
-_HELPERS: dict[str, Any] = {_STACK: _stack, _CAT: _cat, _FILL: _fill, _IS_SYMBOLIC: _is_symbolic}
+_HELPERS: dict[str, Any] = {
+    _STACK: _stack,
+    _CAT: _cat,
+    _FILL: _fill,
+    _IS_SYMBOLIC: _is_symbolic,
+    substitution.NAME: substitution.substituted,
+}

@@ -24,10 +24,11 @@ _MAPPINGS = (
     ("classification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
     ("vision", "MODEL_FOR_POSE_ESTIMATION_MAPPING_NAMES"),
     ("vision", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
+    ("vision", "MODEL_FOR_BACKBONE_MAPPING_NAMES"),
     ("other", "MODEL_MAPPING_NAMES"),
 )
 #: Tasks that a part of another model may have on its own: the text half of a multimodal model is published alone.
-_OF_PARTS = frozenset({"causal", "encoder-decoder"})
+_OF_PARTS = frozenset({"causal", "encoder-decoder", "multimodal"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +53,24 @@ def directories() -> dict[str, bool]:
 
 def architectures() -> list[Architecture]:
     """All of them, by name; a directory may give several: a multimodal model, and its text model alone."""
-    found = []
-    for directory, decorated in directories().items():
-        found += _of_directory(directory, decorated)
+    found: list[Architecture] = []
+    held = directories()
+    for directory, decorated in held.items():
+        rows = list(_of_directory(directory, decorated))
+        found += [row for row in rows if row.task != "other"] or rows[:1]
+    for directory, part in _around(held):
+        found += _of_directory(directory, held[part])
     return sorted(found, key=lambda row: row.name)
+
+
+def _around(held: dict[str, bool]) -> Iterator[tuple[str, str]]:
+    """Directories without experts of their own whose configuration is built around one that has some."""
+    for folder in sorted(_models().iterdir()):
+        if folder.name in held:
+            continue
+        named = re.findall(r'^ +model_type="(\w+)"', _text(folder, "configuration_*.py"), re.MULTILINE)
+        for part in sorted(held.keys() & set(named)):
+            yield folder.name, part
 
 
 def _models() -> Path:

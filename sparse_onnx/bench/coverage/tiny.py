@@ -20,6 +20,7 @@ from sparse_onnx.bench.coverage.registry import Architecture
 
 VOCABULARY = 160
 _HIDDEN, _HEADS, _HEAD = 64, 4, 16
+_ROPE, _NOPE = 8, 6
 _EXPERTS, _GROUPS, _TOP_GROUPS, _TOP = 8, 4, 2, 3
 _LAYERS, _MOST_LAYERS = 2, 6
 
@@ -43,16 +44,19 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"(moe_intermediate_size|expert_ffn_hidden_size|moe_hidden_size)", 24),
     (r"(num_|n_)?key_value_heads|num_key_value_heads|swa_num_key_value_heads|kv_n_heads", 2),
     (r"num_attention_heads_per_layer", None),
+    # Sums of clipped scores: with few heads many are 0, and which of equal scores are the largest is anybody's choice.
+    (r"index(er)?_n_heads", 16),
     (
-        r".*attention_heads|num_heads|n_heads|index_n_heads|linear_num_heads|mamba_n(um)?_heads|mamba_num_heads",
+        r".*attention_heads|num_heads|n_heads|linear_num_heads|mamba_n(um)?_heads|mamba_num_heads",
         _HEADS,
     ),
     (r"linear_num_key_heads", 2),
     (r"linear_num_value_heads", 4),
     (r"q_lora_rank|o_lora_rank", 20),
     (r"kv_lora_rank", 12),
-    (r"qk_rope_head_dim", 8),
-    (r"qk_nope_head_dim", 6),
+    (r"qk_rope_head_dim", _ROPE),
+    (r"qk_nope_head_dim", _NOPE),
+    (r"qk_head_dim", _ROPE + _NOPE),
     (r"v_head_dim", 10),
     (r"index_head_dim", 16),
     (
@@ -79,6 +83,8 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"enable_moe_block|is_moe", True),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
 )
+#: What some configurations leave open, and their models need.
+_SET = r"head_dim|.*experts|num_experts_per_tok|.*top_?k.*|moe_intermediate_size|topk_group|n_group"
 #: Whatever else is that large names a size: a width, a length, a number of entries.
 _LARGE, _SHRUNK = 96, 32
 _KEPT = re.compile(
@@ -103,8 +109,9 @@ def tiny(model_type: str) -> Any:
 
 
 def _shrunk(full: Any, exceptions: Mapping[str, Mapping[str, Any]]) -> Any:
-    special = dict(exceptions.get(full.model_type, {}))
+    special = dict(exceptions.get(full.model_type or type(full).__name__, {}))
     special.pop("why", None)
+    full.allow_global_per_layer_attribute_access = True
     names = [field.name for field in dataclasses.fields(full)]
     values: dict[str, Any] = {}
     for name in names:
@@ -115,31 +122,53 @@ def _shrunk(full: Any, exceptions: Mapping[str, Mapping[str, Any]]) -> Any:
             values[name] = small
     values |= _special_tokens(full, names)
     values |= _picked_layers(full, names, values)
+    values |= _heads(full, names)
     values |= _rope(full, values, special)
     values |= special
     return type(full)(**values)
+
+
+def _heads(full: Any, names: list[str]) -> dict[str, Any]:
+    """Heads that relate to each other as in the full configuration: keys of their own for each query or shared, a
+    head as wide as its rotary part or as both its parts."""
+    values: dict[str, Any] = {}
+    heads, keys = (getattr(full, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if "num_key_value_heads" in names and keys is not None and (keys == heads or keys == 1):
+        values["num_key_value_heads"] = _HEADS if keys == heads else 1
+    rope, nope = (getattr(full, name, None) for name in ("qk_rope_head_dim", "qk_nope_head_dim"))
+    if rope is not None and nope is not None and "head_dim" in names:
+        if full.head_dim in (None, rope):
+            values["head_dim"] = _ROPE
+        elif full.head_dim == rope + nope:
+            values["head_dim"] = _ROPE + _NOPE
+    return values
 
 
 def _smaller(name: str, value: Any) -> Any:
     """The tiny value, or None: as it is."""
     if isinstance(value, (dict, str)) or name.startswith("_"):
         return None
+    if name.endswith("_only_layers"):
+        return [0] if value else None
     for pattern, small in _RULES:
         if re.fullmatch(pattern, name):
-            return _like(value, small)
+            unset = value is None and not re.fullmatch(_SET, name)
+            return None if unset else _like(value, small)
     if isinstance(value, int) and value >= _LARGE and not _KEPT.fullmatch(name):
         return _SHRUNK
+    if isinstance(value, (list, tuple)) and all(type(each) is int for each in value):
+        return [min(each, _SHRUNK) for each in value] if max(value, default=0) >= _LARGE else None
     return None
 
 
 def _like(value: Any, small: Any) -> Any:
-    """The tiny value in the form of the full one: a pair of sizes stays a pair."""
-    if small is None or (value is None and small != _EXPERTS):
+    """The tiny value in the form of the full one: a pair of sizes stays a pair, a switch a switch."""
+    if small is None or (isinstance(value, bool) is not isinstance(small, bool) and value is not None):
         return None
     if isinstance(value, (list, tuple)) and all(isinstance(each, int) for each in value):
         return [small] * len(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value < small:
-        return None if small > _EXPERTS else value
+        return small if small == _EXPERTS else None
     return small
 
 
@@ -194,7 +223,7 @@ def _rope(full: Any, values: dict[str, Any], special: Mapping[str, Any]) -> dict
     if "mrope_section" not in text:
         return {}
     factor = parameters.get("partial_rotary_factor", 1.0)
-    head = special.get("head_dim", values.get("head_dim", _HIDDEN // _HEADS))
+    head = special.get("head_dim", values.get("qk_rope_head_dim", values.get("head_dim", _HEAD)))
     half = int(head * factor) // 2
     sections = len(parameters["mrope_section"])
     rest = half - (sections - 1) * max(1, half // 4)
