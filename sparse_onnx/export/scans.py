@@ -16,6 +16,9 @@ is what can be read off the source:
 - what the body reads before it assigns it, and what is read behind the loop, is carried.
 
 Any other loop stays as it is, and torch.export's guard on its length is what refuses it.
+
+A sequence that is padded to whole chunks gets one more: torch traces one chunk as a case of its own, and with two or
+more there is none. Chunks of padding add nothing: their keys, values and decays are those of the last chunk's padding.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import ast
 import contextlib
 import functools
 import inspect
+import re
 import sys
 import textwrap
 import types
@@ -35,8 +39,8 @@ from torch import Tensor, nn
 
 from sparse_onnx.export import substitution
 
-_SCAN, _STACK, _CAT, _FILL, _IS_SYMBOLIC = (
-    f"_sparse_onnx_{name}" for name in ("scan", "stack", "cat", "fill", "is_symbolic")
+_SCAN, _STACK, _CAT, _FILL, _PADDING, _IS_SYMBOLIC = (
+    f"_sparse_onnx_{name}" for name in ("scan", "stack", "cat", "fill", "padding", "is_symbolic")
 )
 
 
@@ -53,7 +57,7 @@ def lifted(model: nn.Module) -> Iterator[list[str]]:
             if code is not None:
                 before.append((function, function.__code__))
                 namespaces.append(function.__globals__)
-                function.__globals__.update(_HELPERS | {_SCAN: functools.partial(_scan, ran)})
+                function.__globals__.update(_HELPERS | {_SCAN: functools.partial(scan, ran)})
                 function.__code__ = code
         yield ran
     finally:
@@ -124,6 +128,8 @@ class _Lift:
 
     def run(self) -> bool:
         self._block(self.definition.body)
+        if self.count:
+            _OneMoreChunk().visit(self.definition)
         return self.count > 0
 
     def _block(self, statements: list[ast.stmt]) -> None:
@@ -180,6 +186,21 @@ class _Lift:
         assert call is not None
         if isinstance(call.func, ast.Attribute):
             call.func = ast.Name(_STACK if call.func.attr == "stack" else _CAT, ast.Load())
+
+
+class _OneMoreChunk(ast.NodeTransformer):
+    """`(size - length % size) % size`, the padding to whole chunks, and a chunk."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        size = ast.unparse(node.right)
+        match = re.fullmatch(
+            rf"\({re.escape(size)} - (\w+) % {re.escape(size)}\) % {re.escape(size)}", ast.unparse(node)
+        )
+        return (
+            ast.parse(f"{_PADDING}({match[1]}, {size})", mode="eval").body
+            if match
+            else self.generic_visit(node)
+        )
 
 
 class _Body:
@@ -367,7 +388,7 @@ def _copied(statement: ast.stmt) -> ast.stmt:
     return ast.parse(ast.unparse(statement)).body[0]
 
 
-def _scan(
+def scan(
     ran: list[str],
     body: Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]],
     length: Any,
@@ -413,6 +434,11 @@ def _fill(tensor: Tensor, values: Tensor, axis: int) -> Tensor:
     return values.movedim(0, axis).to(tensor.dtype)
 
 
+def padding(length: Any, size: int) -> Any:
+    """To whole chunks of this size; and a chunk where the length is symbolic."""
+    return (size - length % size) % size + (size if _is_symbolic(length) else 0)
+
+
 def _is_symbolic(length: Any) -> bool:
     return isinstance(length, torch.SymInt)
 
@@ -422,5 +448,6 @@ _HELPERS: dict[str, Any] = {
     _CAT: _cat,
     _FILL: _fill,
     _IS_SYMBOLIC: _is_symbolic,
+    _PADDING: padding,
     substitution.NAME: substitution.substituted,
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_onnx.core.errors import ImpossibleError
-from sparse_onnx.export import experts, guards, scans, translate
+from sparse_onnx.export import experts, guards, patches, scans, translate
 from sparse_onnx.export.failure import root_line
 from sparse_onnx.export.samples import Interface
 from sparse_onnx.export.sources import Source, leaves
@@ -55,9 +55,9 @@ def trace(source: Source, found: list[experts.Experts], opset: int) -> Traced:
     }
     with translate.quiet(), experts.hooked(found), _refused():
         if source.is_transformers:
-            with scans.lifted(source.module) as ran:
+            with scans.lifted(source.module) as ran, patches.replaced(source.module) as other:
                 traced = _trace_transformers(source, inputs, shapes, opset)
-            return dataclasses.replace(traced, lifted=tuple(dict.fromkeys(ran)))
+            return dataclasses.replace(traced, lifted=tuple(dict.fromkeys([*ran, *other])))
         return _trace_module(source, inputs, shapes, opset)
 
 
