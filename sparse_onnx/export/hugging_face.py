@@ -57,9 +57,10 @@ def load(
     notes: tuple[str, ...] = ()
     if random_weights:
         build = chosen.from_config if is_auto else chosen._from_config
-        model = _load(
-            source, lambda _: build(config, dtype=dtype or config.dtype or torch.float32, **arguments)
-        )
+        with randomly.seeded():
+            model = _load(
+                source, lambda _: build(config, dtype=dtype or config.dtype or torch.float32, **arguments)
+            )
         randomly.fill(model)
         notes = (
             f"random weights (seed {randomly.SEED}), scaled so that routing matters: normal with deviation "

@@ -24,9 +24,28 @@ def replaced(model: nn.Module) -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
         kinds = {type(module) for module in model.modules()}
         taken = [kind for kind in kinds if kind.__name__ in FORWARDS and ".modeling_" in kind.__module__]
+        stack.enter_context(_named_results())
         for kind in taken:
             stack.enter_context(_bound(kind, FORWARDS[kind.__name__]))
         yield sorted(kind.__name__ for kind in taken)
+
+
+@contextlib.contextmanager
+def _named_results() -> Iterator[None]:
+    """transformers' own patches of cummax and cummin give plain tuples, of which models take `.values`."""
+    kept = {name: getattr(torch, name) for name in ("cummax", "cummin")}
+
+    def named(name: str) -> Callable[..., Any]:
+        kind = getattr(torch.return_types, name)
+        return lambda *args, **kwargs: kind(tuple(kept[name](*args, **kwargs)))
+
+    try:
+        for name in kept:
+            setattr(torch, name, named(name))
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(torch, name, function)
 
 
 @contextlib.contextmanager

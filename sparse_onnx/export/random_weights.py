@@ -6,7 +6,9 @@ router scores nearly tie, so that swapped experts pass for rounding.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,14 @@ _BIAS_DEVIATION = 0.1
 _ROUTER_BIASES = ("correction_bias", "expert_bias", "balancing_biases")
 #: DeepSeek-V4's table `[vocabulary, K]` of experts by token id: zeros would send everything to one expert.
 _HASH_TABLE = "tid2eid"
+
+
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """For building the model: what `fill` leaves alone, transformers draws from torch's own generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        yield
 
 
 @torch.no_grad()

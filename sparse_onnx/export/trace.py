@@ -55,8 +55,8 @@ def trace(source: Source, found: list[experts.Experts], opset: int) -> Traced:
     }
     with translate.quiet(), experts.hooked(found), _refused():
         if source.is_transformers:
-            with scans.lifted(source.module) as ran, patches.replaced(source.module) as other:
-                traced = _trace_transformers(source, inputs, shapes, opset)
+            with scans.lifted(source.module) as ran:
+                traced, other = _trace_transformers(source, inputs, shapes, opset)
             return dataclasses.replace(traced, lifted=tuple(dict.fromkeys([*ran, *other])))
         return _trace_module(source, inputs, shapes, opset)
 
@@ -73,9 +73,9 @@ def _trace_module(source: Source, inputs: dict[str, Tensor], shapes: dict[str, A
 
 def _trace_transformers(
     source: Source, inputs: dict[str, Tensor], shapes: dict[str, Any], opset: int
-) -> Traced:
+) -> tuple[Traced, list[str]]:
     """The steps of transformers' `OnnxExporter.export_program`, with our operator in its table and without
-    optimizer."""
+    optimizer; and the names of classes whose forward was another."""
     from transformers.exporters import exporter_onnx, utils
     from transformers.exporters.configs import DynamoConfig
     from transformers.exporters.exporter_dynamo import DynamoExporter
@@ -84,6 +84,9 @@ def _trace_transformers(
     with (
         utils.patch_model_outputs(wanted) as (input_names, output_names, _),
         utils.apply_patches("onnx"),
+        patches.replaced(source.module) as other,
+        # It would make position ids, computed from the sample, a further input; the model computes its own.
+        utils.patch_attribute(utils, "precompute_export_inputs", lambda _: lambda model, inputs: None),
     ):
         config = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
         program, _ = DynamoExporter().export_program(wanted, dict(inputs), config)
@@ -99,7 +102,7 @@ def _trace_transformers(
     for fix in exporter_onnx._IR_FIXES:
         for body in bodies:
             fix(body)
-    return Traced(model, runnable, assumptions, symbols)
+    return Traced(model, runnable, assumptions, symbols), other
 
 
 def _symbols(program: torch.export.ExportedProgram, interface: Interface) -> dict[str, str]:

@@ -17,8 +17,6 @@ from sparse_onnx.bench.coverage.cases import Case, Made
 from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from sparse_onnx.export.samples import Interface, Run
     from sparse_onnx.export.sources import Source
 
@@ -76,7 +74,7 @@ def _judged(made: Made, exported: exporters.Exported) -> Cell:
     from sparse_onnx.targets import session as sessions
 
     source = exporters.load(made)
-    layers = sparse_layers(source.module)
+    layers = sparse_layers(source)
     cell = Cell(FALLBACK, blocks=exported.blocks, layers=layers)
     try:
         session = sessions.create_session(exported.path)
@@ -175,9 +173,21 @@ def _own_rounding(source: Source, run: Run) -> float:
         return 0.0
 
 
-def sparse_layers(module: nn.Module) -> int:
-    """Modules that hold the weights of several experts: by their class's name, as transformers names them."""
-    return sum(type(each).__name__.endswith(("Experts", "SparseMLP")) for each in module.modules())
+def sparse_layers(source: Source) -> int:
+    """Modules with the weights of several experts that take part: by their class's name, as transformers names them.
+    Those of a model's vision half have no part in text."""
+    ran: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda *_, path=path: ran.add(path))
+        for path, module in source.module.named_modules()
+        if type(module).__name__.endswith(("Experts", "SparseMLP"))
+    ]
+    try:
+        source.forward(untraced(source.interface)[1].inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return len(ran)
 
 
 def _one_line(error: BaseException) -> str:
