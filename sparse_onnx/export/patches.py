@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_onnx.export import scans
+from sparse_onnx.export import scans, sparse_attention
 
 
 @contextlib.contextmanager
@@ -98,4 +98,10 @@ def _lightning_attention(
 
 
 #: Class -> what stands in for its forward; called with the original one.
-FORWARDS: dict[str, Callable[..., Any]] = {"MiniMaxLightningAttention": _lightning_attention}
+FORWARDS: dict[str, Callable[..., Any]] = {
+    "MiniMaxLightningAttention": _lightning_attention,
+    "DeepseekV4HCACompressor": sparse_attention.heavily_compressed,
+    "DeepseekV4CSACompressor": sparse_attention.sparsely_compressed,
+    "DeepseekV4Indexer": sparse_attention.indexed,
+    "Qwen4ExpTextQSAIndexer": sparse_attention.chosen_tokens,
+}
