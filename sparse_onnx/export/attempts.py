@@ -35,5 +35,5 @@ def _attempt(source: Source, found: Sequence[experts.Experts], opset: int, *, li
         traced = past.trace_with_past(source, list(found), opset)
     else:
         traced = tracing.trace(source, list(found), opset, lift=lift)
-    plan, notes = planning.plan(source, traced.assumptions)
+    plan, notes = planning.plan(source, traced.assumptions, long=bool(traced.lifted))
     return traced, plan, [*traced.notes, *notes]

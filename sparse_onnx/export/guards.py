@@ -50,6 +50,8 @@ _MAX_COMBINATIONS = 4096
 #: Sizes that the module itself is run on, for each guard that fails somewhere: those nearest to nothing, and others
 #: spread over all that fail.
 _TRIED_SMALLEST, _TRIED_SPREAD = 4, 12
+#: A guard that fails at no more sizes of an axis than this, and at none larger, is compared there instead.
+_FEW, _SMALL = 2, 8
 _NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 
 Sizes = Mapping[str, int]
@@ -129,6 +131,26 @@ def limits(
         elif too_large := next((sizes for sizes in _huge(symbols) if not guard.holds(sizes)), None):
             notes.append(f"the export is right only where {guard.text}, so not for {written(too_large)}")
     return notes
+
+
+def isolated(guard: Guard, interface: Interface) -> list[dict[str, int]]:
+    """Sizes to compare on where a guard fails at one or two small sizes of one axis only, whatever the others are:
+    torch takes a length that is 1 there for a case of its own, which says nothing of whether the graph is right.
+    Empty for any other guard, and one that holds everywhere."""
+    symbols = interface.symbols
+    everything = (*_grid(symbols), *_near(guard, symbols), *_huge(symbols))
+    failing = [sizes for sizes in everything if not guard.holds(sizes)]
+    if not failing:
+        return []
+    for symbol in symbols:
+        values = {sizes[symbol] for sizes in failing}
+        if len(values) <= _FEW and max(values) <= _SMALL:
+            return [
+                {each: value if each == symbol else other for each in symbols}
+                for value in sorted(values)
+                for other in (1, 3)
+            ]
+    return []
 
 
 def allowed(guards: Iterable[Guard], sizes: Sizes) -> bool:

@@ -12,11 +12,12 @@ import torch
 import transformers
 from torch import nn
 
-from sparse_onnx.core.errors import ImpossibleError, ModelError, OutsideError, SparseOnnxError, UsageError
+from sparse_onnx.core.errors import ModelError, OutsideError, SparseOnnxError
+from sparse_onnx.export import interfaces
 from sparse_onnx.export import random_weights as randomly
 from sparse_onnx.export.checkpoint import load as checkpoint
 from sparse_onnx.export.failure import first_line
-from sparse_onnx.export.samples import Interface, interface_of
+from sparse_onnx.export.samples import Interface
 from sparse_onnx.export.translate import quiet
 
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
@@ -61,9 +62,10 @@ def load(
     notes: tuple[str, ...] = ()
     if random_weights:
         build = chosen.from_config if is_auto else chosen._from_config
-        model = _load(
-            source, lambda _: build(config, dtype=dtype or config.dtype or torch.float32, **arguments)
-        )
+        with randomly.seeded():
+            model = _load(
+                source, lambda _: build(config, dtype=dtype or config.dtype or torch.float32, **arguments)
+            )
         randomly.fill(model)
         notes = (
             f"random weights (seed {randomly.SEED}), scaled so that routing matters: normal with deviation "
@@ -91,7 +93,8 @@ def load(
             notes += checkpoint.note(entries)
     model = model.eval()
     _only_logits(model)
-    return model, _interface(source, model), notes
+    interface, left_out = interfaces.of_model(source, model)
+    return model, interface, (*notes, *left_out)
 
 
 def _complete_configuration(config: Any) -> None:
@@ -202,37 +205,3 @@ def _model_class(config: Any) -> Any:
         if hasattr(transformers, name):
             return getattr(transformers, name)
     return causal if type(config) in causal._model_mapping else transformers.AutoModel
-
-
-def _interface(source: str, model: Any) -> Interface:
-    """Text models take ids and a mask `[batch, sequence]`, vision models pixels `[batch, channels, height,
-    width]`."""
-    config, name = model.config, model.main_input_name
-    if name == "input_ids":
-        inputs = _text("", "sequence", config)
-        if getattr(config, "is_encoder_decoder", False):
-            inputs |= _text("decoder_", "decoder_sequence", config)
-        axes = {
-            key: {0: "batch", 1: "decoder_sequence" if key.startswith("decoder_") else "sequence"}
-            for key in inputs
-        }
-        masks = frozenset(key for key in inputs if key.endswith("attention_mask"))
-        return interface_of(inputs, axes, masks)
-    if name == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        size = vision.image_size if isinstance(vision.image_size, (list, tuple)) else [vision.image_size] * 2
-        pixels = torch.randn(2, getattr(vision, "num_channels", 3), *size).to(model.dtype)
-        return interface_of({name: pixels}, {name: {0: "batch"}})
-    raise ImpossibleError(
-        f"the inputs of a model that takes '{name}' are not known",
-        "export it by FILE.py:NAME, with a function that returns the model and its sample inputs",
-        where=source,
-    )
-
-
-def _text(prefix: str, axis: str, config: Any) -> dict[str, torch.Tensor]:
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    if not vocabulary:
-        raise UsageError("the configuration has no vocab_size")
-    ids = torch.tensor([[0, vocabulary - 1], [vocabulary - 1, 0]])
-    return {f"{prefix}input_ids": ids, f"{prefix}attention_mask": torch.ones_like(ids)}

@@ -181,7 +181,7 @@ def _check_half(
     twin.widen(wide)
     twin_path = _finished(wide, traced.symbols, found, folder / f"float32.{path.name}")
     widened = source.widened()
-    wide_plan, _ = planning.plan(widened, traced.assumptions)
+    wide_plan, _ = planning.plan(widened, traced.assumptions, long=bool(traced.lifted))
     parts = dict(widened.module.named_modules())
     wide_found = [
         dataclasses.replace(entry, module=parts[entry.path])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -14,8 +15,12 @@ _LEAST_RUNS = 6
 _MAX_TRIED = 64
 
 
-def plan(source: Source, assumptions: Sequence[guards.Guard]) -> tuple[list[samples.Run], list[str]]:
-    """The runs, and notes on sizes that the model does not take.
+def plan(
+    source: Source, assumptions: Sequence[guards.Guard], *, long: bool = False
+) -> tuple[list[samples.Run], list[str]]:
+    """The runs, and notes on sizes that the model does not take; `long` adds one of several chunks of the usual 64.
+
+    An assumption that fails at one or two small sizes only is no reason to refuse: the runs are at those sizes too.
 
     A planned run for which an assumption fails gives way to one of another size only because the module refuses
     it.
@@ -25,6 +30,8 @@ def plan(source: Source, assumptions: Sequence[guards.Guard]) -> tuple[list[samp
     """
     interface = source.interface
     everything = samples.untraced(interface)
+    special = {guard.text: sizes for guard in assumptions if (sizes := guards.isolated(guard, interface))}
+    every, assumptions = assumptions, [guard for guard in assumptions if guard.text not in special]
     notes = guards.limits(
         assumptions, interface, lambda sizes: _runs(source, sizes), [run.sizes for run in everything]
     )
@@ -38,7 +45,16 @@ def plan(source: Source, assumptions: Sequence[guards.Guard]) -> tuple[list[samp
     if len(kept) < _LEAST_RUNS:
         more, few = _others(source, assumptions, kept)
         kept, notes = kept + more, notes + few
-    return [*kept, samples.given(interface)], notes
+    alone = {tuple(sizes.items()): sizes for each in special.values() for sizes in each}
+    kept += [
+        samples.drawn(interface, sizes, "random", 200 + seed)
+        for seed, sizes in enumerate(alone.values())
+        if guards.allowed(assumptions, sizes) and _runs(source, sizes)
+    ]
+    if long and interface.symbols:
+        kept.append(samples.long(interface))
+    kept.append(samples.given(interface))
+    return [dataclasses.replace(run, asserted=guards.allowed(every, run.sizes)) for run in kept], notes
 
 
 def _others(

@@ -6,7 +6,9 @@ router scores nearly tie, so that swapped experts pass for rounding.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,18 @@ from torch import Tensor, nn
 SEED = 0
 ROUTER_SCALE = 3.0
 _BIAS_DEVIATION = 0.1
+#: Buffers that routers add to their scores to choose by: zeros would not tell whether they are added.
+_ROUTER_BIASES = ("correction_bias", "expert_bias", "balancing_biases")
+#: DeepSeek-V4's table `[vocabulary, K]` of experts by token id: zeros would send everything to one expert.
+_HASH_TABLE = "tid2eid"
+
+
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """For building the model: what `fill` leaves alone, transformers draws from torch's own generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        yield
 
 
 @torch.no_grad()
@@ -40,9 +54,10 @@ def fill(model: nn.Module) -> None:
             if deviation:
                 _normal(f"{path}.{name}", parameter, deviation)
         for name, buffer in module.named_buffers(recurse=False):
-            # Of routers: zeros would not tell whether they are added.
-            if name.endswith(("correction_bias", "balancing_biases")):
+            if name.endswith(_ROUTER_BIASES):
                 _normal(f"{path}.{name}", buffer, _BIAS_DEVIATION)
+            elif name == _HASH_TABLE:
+                _choices(f"{path}.{name}", buffer, _sibling_experts(path, experts) or 1)
 
 
 def _deviation(name: str, parameter: Tensor, transposed: bool) -> float:
@@ -70,6 +85,13 @@ def _sibling_experts(path: str, experts: dict[str, int]) -> int | None:
         if path in experts:
             return experts[path]
     return None
+
+
+def _choices(name: str, table: Tensor, experts: int) -> None:
+    """Distinct experts in each row."""
+    generator = torch.Generator().manual_seed(SEED ^ zlib.crc32(name.encode()))
+    drawn = torch.rand(table.shape[0], experts, generator=generator).argsort(dim=1)
+    table.copy_(drawn[:, : table.shape[1]])
 
 
 def _normal(name: str, tensor: Tensor, deviation: float) -> None:

@@ -238,12 +238,14 @@ def _default_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One comparison: how the report calls it, what goes in, and which of the inputs mask out padding."""
+    """One comparison: how the report calls it, what goes in, and which of the inputs mask out padding; `asserted`:
+    whether the assumptions of the trace hold for it."""
 
     name: str
     inputs: dict[str, Tensor]
     sizes: Mapping[str, int]
     masks: frozenset[str] = frozenset()
+    asserted: bool = True
 
     def kept(self, output: int, shape: tuple[int, ...]) -> np.ndarray:
         """Which leading entries of an output of this shape are no padding."""
@@ -255,6 +257,7 @@ class Run:
         return keep
 
 
+_LONG = 150
 _ONE_AXIS: tuple[tuple[int, Kind], ...] = (
     (3, "random"),
     (1, "random"),
@@ -284,6 +287,13 @@ def untraced(interface: Interface) -> list[Run]:
         for seed, (sizes, kind) in enumerate(interface.planned(), start=1)
         if kind != "padded" or interface.masks
     ]
+
+
+def long(interface: Interface) -> Run:
+    """One run of a long sequence."""
+    first, *rest = interface.symbols
+    sizes = {first: 1 if rest else _LONG} | dict.fromkeys(rest, _LONG)
+    return drawn(interface, sizes, "random", _LONG)
 
 
 def drawn(interface: Interface, sizes: Mapping[str, int], kind: Kind, seed: int) -> Run:

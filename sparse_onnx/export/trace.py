@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from sparse_onnx.core.errors import ImpossibleError
-from sparse_onnx.export import experts, guards, lifting, operators, program_fixes, python_numbers, translate
+from sparse_onnx.export import (
+    experts,
+    guards,
+    lifting,
+    operators,
+    patches,
+    program_fixes,
+    python_numbers,
+    scans,
+    translate,
+)
 from sparse_onnx.export.failure import root_line
 from sparse_onnx.export.samples import Interface
 from sparse_onnx.export.sources import Source, leaves, place_of
@@ -30,7 +40,8 @@ class Traced:
     """The result of one trace.
 
     `model` is neither tidied nor does it hold the neutral functions. `program` runs the traced graph in torch
-    and raises where one of its assertions fails; `assumptions` are about sizes of its inputs.
+    and raises where one of its assertions fails; `assumptions` are about sizes of its inputs. `lifted` names the
+    functions of the model whose loops over a sequence became scans.
     """
 
     model: ir.Model
@@ -38,6 +49,7 @@ class Traced:
     assumptions: list[guards.Guard]
     symbols: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    lifted: tuple[str, ...] = ()
 
 
 def trace(source: Source, found: list[experts.Experts], opset: int, *, lift: bool = False) -> Traced:
@@ -64,7 +76,9 @@ def trace(source: Source, found: list[experts.Experts], opset: int, *, lift: boo
     }
     with translate.quiet(), experts.hooked(found, grouped=source.is_transformers), _refused():
         if source.is_transformers:
-            return _trace_transformers(source, inputs, shapes, opset)
+            with scans.lifted(source.module) as ran:
+                traced, other = _trace_transformers(source, inputs, shapes, opset)
+            return dataclasses.replace(traced, lifted=tuple(dict.fromkeys([*ran, *other])))
         if lift:
             with lifting.lifted(source.module) as lifted:
                 traced = _trace_module(source, inputs, shapes, opset)
@@ -94,9 +108,9 @@ def _trace_module(source: Source, inputs: dict[str, Tensor], shapes: dict[str, A
 
 def _trace_transformers(
     source: Source, inputs: dict[str, Tensor], shapes: dict[str, Any], opset: int
-) -> Traced:
+) -> tuple[Traced, list[str]]:
     """The steps of transformers' `OnnxExporter.export_program`, with our operator in its table and without
-    optimizer."""
+    optimizer; and the names of classes whose forward was another."""
     from transformers.exporters import exporter_onnx, utils
     from transformers.exporters.configs import DynamoConfig
     from transformers.exporters.exporter_dynamo import DynamoExporter
@@ -105,6 +119,9 @@ def _trace_transformers(
     with (
         utils.patch_model_outputs(wanted) as (input_names, output_names, _),
         utils.apply_patches("onnx"),
+        patches.replaced(source.module) as other,
+        # It would make position ids, computed from the sample, a further input; the model computes its own.
+        utils.patch_attribute(utils, "precompute_export_inputs", lambda _: lambda model, inputs: None),
     ):
         config = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
         program, _ = DynamoExporter().export_program(wanted, dict(inputs), config)
@@ -123,7 +140,7 @@ def _trace_transformers(
     for fix in exporter_onnx._IR_FIXES:
         for body in bodies:
             fix(body)
-    return Traced(model, runnable, assumptions, symbols)
+    return Traced(model, runnable, assumptions, symbols), other
 
 
 def _runnable(program: torch.export.ExportedProgram, interface: Interface) -> Callable[..., Any]:

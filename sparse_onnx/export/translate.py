@@ -66,7 +66,8 @@ def to_onnx(
         table: further translations, by torch operator.
     """
     blocks.register_schemas()
-    with quiet():
+    # Without gradients: torch would split the bodies of scans into what a backward pass needs.
+    with quiet(), torch.no_grad():
         onnx_program = torch.onnx.export(
             program,
             args=(),

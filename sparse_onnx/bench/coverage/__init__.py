@@ -1,1 +1,1 @@
-"""What exporters make of sparse models: transformers' architectures, and modules as people write them."""
+"""Which models each exporter takes, as a table made by one command: `python -m sparse_onnx.bench.coverage`."""

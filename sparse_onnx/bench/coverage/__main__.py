@@ -1,0 +1,97 @@
+"""`python -m sparse_onnx.bench.coverage`: which models each exporter takes.
+
+Every architecture with experts of the installed transformers, tiny and with random weights, is exported by
+torch.onnx.export, transformers' OnnxExporter and sparse-onnx; each file is run in ONNX Runtime on seven inputs of
+sizes that were not traced and compared with torch. A cell runs in a process of its own. With --json an interrupted
+run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from sparse_onnx.bench.coverage import cases as every_case
+from sparse_onnx.bench.coverage import exporters, run, table
+from sparse_onnx.core.errors import SparseOnnxError
+
+_TEXT = """# Which models can be exported
+
+Made by `{command}` with {versions}.
+
+Each model is tiny and has random weights under which routing matters. Each exporter traces the same sample and
+declares the same axes dynamic, without a key/value cache; its file runs in ONNX Runtime on seven inputs of sizes
+that were not traced (one token, other batches, longer, all ids alike, padded), and is compared with torch. Exact
+means: within 1e-5 of the largest magnitude of a row, in float32, or within four times the distance of torch's own
+float32 from its float64 where that is more (and within 1e-4).
+
+{legend}
+
+"blocks" and "largest error" are those of sparse-onnx.
+
+"""
+
+
+@click.command(help=__doc__)
+@click.option("--architecture", "names", multiple=True, metavar="NAME", help="Only these; default: all.")
+@click.option("--exporter", "chosen", multiple=True, type=click.Choice(list(exporters.EXPORTERS)))
+@click.option("--cases", default=every_case.ARCHITECTURES, metavar="MODULE:FUNCTION", help="Other models.")
+@click.option("--rows", default="architecture", help="What a row of the table is called.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Results; an earlier run goes on.")
+@click.option("--docs", type=click.Path(path_type=Path), help="Writes the table, Markdown.")
+@click.option("--timeout", default=300.0, show_default=True, metavar="S", help="Seconds a cell.")
+@click.option("--memory", default=12.0, show_default=True, metavar="GB", help="Memory a cell.")
+@click.option("--again", is_flag=True, help="Measures what the JSON file holds already, too.")
+def main(
+    names: tuple[str, ...],
+    chosen: tuple[str, ...],
+    cases: str,
+    rows: str,
+    file: Path | None,
+    docs: Path | None,
+    timeout: float,
+    memory: float,
+    again: bool,
+) -> None:
+    columns = [name for name in exporters.EXPORTERS if not chosen or name in chosen]
+    try:
+        known = {case.name for case in every_case.load(cases)}
+        unknown = sorted(set(names) - known)
+        if unknown:
+            raise click.UsageError(f"no such model: {', '.join(unknown)}")
+        document = run.sweep(
+            cases,
+            names,
+            columns,
+            file=file,
+            timeout=timeout,
+            memory_gb=memory,
+            again=again,
+            say=lambda text: click.echo(text, err=True),
+        )
+    except SparseOnnxError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    measured = [
+        name
+        for name in exporters.EXPORTERS
+        if any(name in row["cells"] for row in document["results"].values())
+    ]
+    text = table.markdown(document, measured, rows)
+    if docs is None:
+        click.echo(text)
+        return
+    versions = ", ".join(f"{name} {version}" for name, version in document["tool"].items() if version)
+    command = " ".join(
+        [
+            "python -m sparse_onnx.bench.coverage",
+            *([] if cases == every_case.ARCHITECTURES else ["--cases", cases]),
+        ]
+    )
+    docs.write_text(_TEXT.format(command=command, versions=versions, legend=table.legend()) + text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""A model of the table, and where all of them come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_onnx.bench.coverage import registry, tiny
+from sparse_onnx.core.errors import UsageError
+
+#: `python -m sparse_onnx.bench.coverage` without `--cases`.
+ARCHITECTURES = "sparse_onnx.bench.coverage.cases:architectures"
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What `sparse_onnx.export` is given: its SOURCE, and its further arguments."""
+
+    source: Any
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row. `make` writes whatever it needs into the folder it gets and builds nothing but that; the same call
+    gives the same model every time."""
+
+    name: str
+    title: str
+    make: Callable[[Path], Made]
+
+
+def architectures() -> list[Case]:
+    """Every architecture with experts of the installed transformers, tiny, as a folder with config.json."""
+
+    def maker(architecture: registry.Architecture) -> Callable[[Path], Made]:
+        return lambda folder: Made(
+            str(tiny.write(architecture, folder / architecture.name)), {"random_weights": True}
+        )
+
+    return [Case(each.name, each.model_class, maker(each)) for each in registry.architectures()]
+
+
+def load(place: str) -> list[Case]:
+    """The cases that ``package.module:FUNCTION`` gives.
+
+    Raises:
+        UsageError: there is no such function.
+    """
+    module, _, name = place.partition(":")
+    try:
+        found: Sequence[Case] = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"no cases at '{place}': {error}", "give package.module:FUNCTION") from error
+    return list(found)

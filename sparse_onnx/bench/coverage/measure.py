@@ -1,0 +1,200 @@
+"""One cell of the table: a model exported, its file run in ONNX Runtime on untraced inputs, compared with torch."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparse_onnx.bench.coverage import exporters
+from sparse_onnx.bench.coverage.cases import Case, Made
+from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError
+
+if TYPE_CHECKING:
+    from sparse_onnx.export.samples import Interface, Run
+    from sparse_onnx.export.sources import Source
+
+BLOCK, FALLBACK, REFUSED, FAILED, WRONG = "block", "fallback", "refused", "failed", "wrong"
+OUTCOMES = (BLOCK, FALLBACK, REFUSED, FAILED, WRONG)
+#: Largest error that counts as exact, relative to the largest magnitude of a row. A model whose own answers in
+#: float32 are further than that from its answers in float64 may be as far off, up to a limit.
+EXACT, _ROUNDING, _MOST = 1e-5, 4.0, 1e-4
+#: Sizes of the first two dynamic axes, and how the input is drawn; none was traced, nor is compared by our exporter.
+_TWO_AXES = (
+    (1, 1, "random"),
+    (2, 8, "random"),
+    (1, 33, "random"),
+    (4, 5, "random"),
+    (3, 1, "one"),
+    (2, 12, "one"),
+    (3, 9, "padded"),
+)
+_ONE_AXIS = tuple((size, "random") for size in (1, 4, 8, 13, 33)) + ((3, "one"), (10, "one"))
+_SEED = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """`error` is the largest relative one over all inputs; `layers` counts sparse layers of the model."""
+
+    outcome: str
+    reason: str = ""
+    error: float | None = None
+    rounding: float | None = None
+    blocks: int = 0
+    layers: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def measure(case: Case, exporter: str) -> Cell:
+    """Exports and compares; never raises for what the exporter or the runtime does."""
+    with tempfile.TemporaryDirectory(prefix="coverage.") as folder:
+        started = time.monotonic()
+        made = case.make(Path(folder))
+        try:
+            exported = exporters.EXPORTERS[exporter](made, Path(folder) / "model.onnx")
+        except ImpossibleError as error:
+            return Cell(REFUSED, error.message, seconds=time.monotonic() - started)
+        except Exception as error:  # whatever an exporter raises is its answer
+            return Cell(FAILED, _one_line(error), seconds=time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return dataclasses.replace(_judged(made, exported), seconds=round(seconds, 1))
+
+
+def _judged(made: Made, exported: exporters.Exported) -> Cell:
+    from sparse_onnx.targets import session as sessions
+
+    source = exporters.load(made)
+    layers = sparse_layers(source)
+    cell = Cell(FALLBACK, blocks=exported.blocks, layers=layers)
+    try:
+        session = sessions.create_session(exported.path)
+    except SparseOnnxError as error:
+        return dataclasses.replace(cell, outcome=FAILED, reason=f"the file does not load: {error.message}")
+    worst = rounding = 0.0
+    for run in untraced(source.interface):
+        try:
+            error, reason = _compared(source, session, run)
+        except Exception as failure:
+            return dataclasses.replace(cell, outcome=FAILED, reason=f"at {run.name}: {_one_line(failure)}")
+        if not error <= EXACT:
+            rounding = max(rounding, _own_rounding(source, run))
+        if not error <= max(EXACT, min(_ROUNDING * rounding, _MOST)):
+            return dataclasses.replace(
+                cell, outcome=WRONG, reason=f"at {run.name}: {reason}", error=_finite(error)
+            )
+        worst = max(worst, error)
+    whole = exported.blocks > 0 and exported.blocks >= layers
+    reason = "" if whole else "; ".join(_about_blocks(exported))
+    return dataclasses.replace(
+        cell, outcome=BLOCK if whole else FALLBACK, reason=reason, error=worst, rounding=rounding or None
+    )
+
+
+def _about_blocks(exported: exporters.Exported) -> list[str]:
+    """Each reason once: a model has the same for all its layers."""
+    notes = [note for note in exported.notes if "operator by operator" in note or "no experts module" in note]
+    return list(dict.fromkeys(note.partition(": ")[2] or note for note in notes))
+
+
+def untraced(interface: Interface) -> list[Run]:
+    """Seven inputs."""
+    from sparse_onnx.export import samples
+
+    symbols = interface.symbols
+    if not symbols:
+        plan: list[tuple[tuple[int, ...], Any]] = [((), kind) for kind in ("random",) * 6 + ("one",)]
+    elif len(symbols) == 1:
+        plan = [((size,), kind) for size, kind in _ONE_AXIS]
+    else:
+        plan = [
+            ((first, second, *(second // 2 + 1 + extra for extra in range(len(symbols) - 2))), kind)
+            for first, second, kind in _TWO_AXES
+        ]
+    return [
+        samples.drawn(interface, dict(zip(symbols, sizes, strict=True)), kind, _SEED + seed)
+        for seed, (sizes, kind) in enumerate(plan)
+    ]
+
+
+def _compared(source: Source, session: Any, run: Run) -> tuple[float, str]:
+    """The largest relative error of the outputs, where no padding is, and a line on it."""
+    from sparse_onnx.export.sources import leaves
+    from sparse_onnx.targets import session as sessions
+
+    expected = [value.numpy() for value in leaves(source.forward(run.inputs))]
+    taken = {value.name for value in session.get_inputs()}
+    actual = sessions.run(
+        session, {name: value.numpy() for name, value in run.inputs.items() if name in taken}
+    )
+    if len(actual) != len(expected):  # other exporters may add outputs, behind the main one
+        expected, actual = expected[:1], actual[:1]
+    return _error(expected, actual, run)
+
+
+def _error(expected: Sequence[np.ndarray], actual: Sequence[np.ndarray], run: Run) -> tuple[float, str]:
+    from sparse_onnx.verify.compare import difference
+
+    masks = [value.numpy().astype(np.bool_) for name, value in run.inputs.items() if name in run.masks]
+    worst, reason = 0.0, ""
+    for left, right in zip(expected, actual, strict=True):
+        keep = None
+        for mask in masks:
+            if mask.shape == left.shape[:2]:
+                keep = mask if keep is None else keep & mask
+        found = difference(left, right, EXACT, keep)
+        if not found.max_rel <= worst:
+            worst, reason = found.max_rel, found.reason
+    return worst, reason
+
+
+def _own_rounding(source: Source, run: Run) -> float:
+    """How far torch's answer in float32 is from its answer in float64; 0 where it does not run in that."""
+    from sparse_onnx.export.sources import leaves
+
+    wide = dataclasses.replace(source, module=copy.deepcopy(source.module).double())
+    inputs = {
+        name: value.double() if value.is_floating_point() else value for name, value in run.inputs.items()
+    }
+    try:
+        exact = [value.numpy() for value in leaves(wide.forward(inputs))]
+        rounded = [value.numpy() for value in leaves(source.forward(run.inputs))]
+        return _error([value.astype(np.float32) for value in exact], rounded, run)[0]
+    except Exception:  # a module that names float32 itself
+        return 0.0
+
+
+def sparse_layers(source: Source) -> int:
+    """Modules with the weights of several experts that take part: by their class's name, as transformers names them.
+    Those of a model's vision half have no part in text."""
+    ran: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda *_, path=path: ran.add(path))
+        for path, module in source.module.named_modules()
+        if type(module).__name__.endswith(("Experts", "SparseMLP"))
+    ]
+    try:
+        source.forward(untraced(source.interface)[1].inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return len(ran)
+
+
+def _one_line(error: BaseException) -> str:
+    from sparse_onnx.export.failure import root_line
+
+    return error.message if isinstance(error, SparseOnnxError) else root_line(error)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,100 @@
+"""The results as Markdown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparse_onnx.bench.coverage.measure import BLOCK, FAILED, FALLBACK, OUTCOMES, REFUSED, WRONG
+
+_HEADINGS = {
+    "torch": "torch.onnx.export",
+    "transformers": "transformers' OnnxExporter",
+    "ours": "sparse-onnx",
+}
+_WORDS = {
+    BLOCK: "neutral block",
+    FALLBACK: "exact operators",
+    REFUSED: "refused",
+    FAILED: "failed",
+    WRONG: "**silently wrong**",
+}
+_MEANINGS = {
+    BLOCK: "every sparse layer is one neutral block, exact",
+    FALLBACK: "plain operators, exact",
+    REFUSED: "an error that says why the model cannot be exported",
+    FAILED: "any other error, of the exporter or of the runtime",
+    WRONG: "a file that runs and answers otherwise than torch",
+}
+
+
+def markdown(document: Mapping[str, Any], exporters: Sequence[str], rows: str = "architecture") -> str:
+    """Totals, a row a model, and the reason of each cell that is no success.
+
+    Args:
+        document: what `run.sweep` returns.
+        exporters: columns, in order.
+        rows: what a row is.
+    """
+    results = document["results"]
+    parts = [_totals(results, exporters), _rows(results, exporters, rows), _reasons(results, exporters)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def legend() -> str:
+    return "\n".join(f"- {_WORDS[outcome]}: {_MEANINGS[outcome]}" for outcome in OUTCOMES)
+
+
+def _totals(results: Mapping[str, Any], exporters: Sequence[str]) -> str:
+    lines = [_line(["exporter", *(_WORDS[each] for each in OUTCOMES), "of"]), _rule(len(OUTCOMES) + 2)]
+    for exporter in exporters:
+        counts = Counter(
+            row["cells"][exporter]["outcome"] for row in results.values() if exporter in row["cells"]
+        )
+        cells = [str(counts[outcome]) for outcome in OUTCOMES]
+        lines.append(_line([_HEADINGS[exporter], *cells, str(counts.total())]))
+    return "\n".join(lines)
+
+
+def _rows(results: Mapping[str, Any], exporters: Sequence[str], rows: str) -> str:
+    lines = [
+        _line([rows, "model", *(_HEADINGS[each] for each in exporters), "blocks", "largest error"]),
+        _rule(len(exporters) + 4),
+    ]
+    for name, row in sorted(results.items()):
+        cells = [_word(row["cells"].get(exporter)) for exporter in exporters]
+        own = row["cells"].get("ours", {})
+        blocks = f"{own['blocks']} of {own['layers']}" if own.get("layers") else ""
+        error = "" if own.get("error") is None else f"{own['error']:.1g}"
+        lines.append(_line([f"`{name}`", row["title"], *cells, blocks, error]))
+    return "\n".join(lines)
+
+
+def _word(cell: Mapping[str, Any] | None) -> str:
+    return "" if cell is None else _WORDS[cell["outcome"]]
+
+
+def _reasons(results: Mapping[str, Any], exporters: Sequence[str]) -> str:
+    parts = []
+    for exporter in reversed(exporters):
+        said = [
+            f"- `{name}`: {_WORDS[cell['outcome']]}: {_escaped(cell['reason'])}"
+            for name, row in sorted(results.items())
+            if (cell := row["cells"].get(exporter)) is not None and cell["reason"]
+        ]
+        if said:
+            parts.append("\n".join([f"### Why: {_HEADINGS[exporter]}", "", *said]))
+    return "\n\n".join(parts)
+
+
+def _escaped(text: str) -> str:
+    return text[:240].replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _rule(columns: int) -> str:
+    return "|" + " --- |" * columns

@@ -1,0 +1,107 @@
+"""Forwards of transformers that no trace can follow, in a form that holds for every size.
+
+transformers' own exporter patches cover most models; here are those whose Python loops over a sequence `scans` cannot
+read. Each computes what the original computes; the exported file is compared with the original in any case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_onnx.export import scans, sparse_attention
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module) -> Iterator[list[str]]:
+    """Within the block, classes of the table run their other forward where it applies; gives their names."""
+    with contextlib.ExitStack() as stack:
+        kinds = {type(module) for module in model.modules()}
+        taken = [kind for kind in kinds if kind.__name__ in FORWARDS and ".modeling_" in kind.__module__]
+        stack.enter_context(_named_results())
+        for kind in taken:
+            stack.enter_context(_bound(kind, FORWARDS[kind.__name__]))
+        yield sorted(kind.__name__ for kind in taken)
+
+
+@contextlib.contextmanager
+def _named_results() -> Iterator[None]:
+    """transformers' own patches of cummax and cummin give plain tuples, of which models take `.values`."""
+    kept = {name: getattr(torch, name) for name in ("cummax", "cummin")}
+
+    def named(name: str) -> Callable[..., Any]:
+        kind = getattr(torch.return_types, name)
+        return lambda *args, **kwargs: kind(tuple(kept[name](*args, **kwargs)))
+
+    try:
+        for name in kept:
+            setattr(torch, name, named(name))
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(torch, name, function)
+
+
+@contextlib.contextmanager
+def _bound(kind: type[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    original = kind.forward
+
+    def other(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, original, *args, **kwargs)
+
+    kind.forward = other  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        kind.forward = original  # type: ignore[method-assign]
+
+
+def _lightning_attention(
+    self: Any,
+    original: Callable[..., Any],
+    hidden_states: Tensor,
+    position_embeddings: Any,
+    attention_mask: Tensor | None,
+    cache: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """MiniMax's linear attention: all blocks at once but for the state that goes from one to the next. The last block
+    is filled up with zeros, which add nothing to a state."""
+    if cache is not None:
+        return original(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
+    batch, length, _ = hidden_states.shape
+    block, heads, width = self.block_size, self.num_attention_heads, self.head_dim
+    masked = sys.modules[type(self).__module__].apply_mask_to_padding_states  # type: ignore[attr-defined]
+    states = masked(self.act_fn(self.qkv_proj(hidden_states)), attention_mask)
+    states = F.pad(states, (0, 0, 0, scans.padding(length, block)))
+    states = states.reshape(batch, -1, block, heads, 3 * width).permute(0, 3, 1, 2, 4)
+    query, key, value = states.split(width, dim=-1)  # [batch, heads, blocks, block, width]
+    within = ((query @ key.transpose(-1, -2)) * self.diagonal_decay[:, :, None]) @ value
+    added = (key * self.key_decay[:, None]).transpose(-1, -2) @ value
+    decay = torch.exp(-self.slope_rate * block)
+    state = hidden_states.new_zeros(batch, heads, width, width)
+
+    def step(before: Tensor, update: Tensor, factor: Tensor) -> tuple[tuple[Tensor], tuple[Tensor]]:
+        return (before * factor + update,), (before,)
+
+    (state,), (before,) = scans.scan([], step, added.shape[2], [state], [(added, 2)], [decay])
+    across = (query * self.query_decay[:, None]) @ before.movedim(0, 2)
+    attended = (within + across).permute(0, 2, 3, 1, 4).reshape(batch, -1, heads * width)[:, :length]
+    attended = torch.sigmoid(self.output_gate(hidden_states)) * self.norm(attended)
+    return self.out_proj(attended), state
+
+
+#: Class -> what stands in for its forward; called with the original one.
+FORWARDS: dict[str, Callable[..., Any]] = {
+    "MiniMaxLightningAttention": _lightning_attention,
+    "DeepseekV4HCACompressor": sparse_attention.heavily_compressed,
+    "DeepseekV4CSACompressor": sparse_attention.sparsely_compressed,
+    "DeepseekV4Indexer": sparse_attention.indexed,
+    "Qwen4ExpTextQSAIndexer": sparse_attention.chosen_tokens,
+}
