@@ -122,8 +122,9 @@ class Decoder:
             ids, torch.ones_like(ids), torch.arange(3)[None] if self.takes_positions else None, cache
         )
         returned = getattr(output, self.cache, None)
-        if returned is not cache:
-            raise ImpossibleError(f"the model keeps a cache of its own, {type(returned).__name__}", HINT)
+        if id(returned) != id(cache):
+            kind = type(returned).__name__
+            raise ImpossibleError(f"the model keeps a cache of its own, {kind}", HINT)
         slots = tuple(slot for index, layer in enumerate(cache.layers) for slot in _slots(index, layer))
         if not any(slot.axis for slot in slots):
             raise ImpossibleError("the cache holds no keys and values, from which a past length shows", HINT)
