@@ -34,8 +34,10 @@ def run(source: Source, out: Path, folder: Path, *, opset: int, say: Callable[[s
     found = experts.find(source.module)
     notes = [*source.notes, *_about(found)]
     say("tracing")
-    trace_of = past.trace_with_past if isinstance(source, past.PastSource) else trace.trace
-    traced = trace_of(source, found, opset)
+    if isinstance(source, past.PastSource):
+        traced = past.trace_with_past(source, found, opset)
+    else:
+        traced = trace.trace(source, found, opset)
     plan, plan_notes = planning.plan(source, traced.assumptions)
     notes += plan_notes
     half = _half(source)
