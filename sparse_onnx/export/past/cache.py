@@ -210,6 +210,10 @@ def presents(
         if slot.axis is not None and tokens is not None:
             new = value.narrow(slot.axis, value.shape[slot.axis] - tokens, tokens)
             value = torch.cat([tensors[slot.past], new], dim=slot.axis)
+        elif slot.kind == "conv_state" and tokens is not None:
+            # A layer that records keeps all columns, and adds none where there are too few.
+            missing = slot.shape[-1] - value.shape[-1]
+            value = torch.nn.functional.pad(value, (missing, 0))
         found.append(value)
     return found
 
