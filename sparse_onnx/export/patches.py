@@ -97,8 +97,25 @@ def _lightning_attention(
     return self.out_proj(attended), state
 
 
+def _longrope(self: Any, original: Callable[..., Any], x: Tensor, position_ids: Tensor) -> Any:
+    """PhiMoE's rotary embedding, whose scale depends on the largest position: by a choice instead of Python's `if`."""
+    parameters = self.config.rope_parameters
+    if parameters["rope_type"] == "default":
+        return original(self, x, position_ids)
+    inv_freq, _ = self.rope_init_fn(self.config)
+    scale = torch.where(
+        position_ids.max() + 1 > parameters["original_max_position_embeddings"],
+        torch.tensor(float(parameters["long_mscale"])),
+        torch.tensor(float(parameters["short_mscale"])),
+    )
+    angles = position_ids[..., None].float() * inv_freq.float()
+    angles = torch.cat((angles, angles), dim=-1)
+    return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
+
+
 #: Class -> what stands in for its forward; called with the original one.
 FORWARDS: dict[str, Callable[..., Any]] = {
+    "PhimoeRotaryEmbedding": _longrope,
     "MiniMaxLightningAttention": _lightning_attention,
     "DeepseekV4HCACompressor": sparse_attention.heavily_compressed,
     "DeepseekV4CSACompressor": sparse_attention.sparsely_compressed,

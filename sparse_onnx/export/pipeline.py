@@ -68,7 +68,9 @@ def run(
         notes = [*source.notes, *_about(found)]
         say("tracing")
         return streamed.run(source, found, notes, out, folder, opset=opset, link=link, say=say)
-    adapted = adapters.adapt(source, given, share=source.owned)
+    # Tried without a cache, which a second call would find filled.
+    plain = source.plain if isinstance(source, past.PastSource) and source.plain else source
+    adapted = adapters.adapt(plain, given, share=source.owned)
     with adapted.in_place(source) as replaced:
         found = experts.find(replaced.module)
         notes = [*source.notes, *adapted.notes, *_about(found)]

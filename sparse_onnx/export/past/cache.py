@@ -122,8 +122,9 @@ class Decoder:
             ids, torch.ones_like(ids), torch.arange(3)[None] if self.takes_positions else None, cache
         )
         returned = getattr(output, self.cache, None)
-        if returned is not cache:
-            raise ImpossibleError(f"the model keeps a cache of its own, {type(returned).__name__}", HINT)
+        if id(returned) != id(cache):
+            kind = type(returned).__name__
+            raise ImpossibleError(f"the model keeps a cache of its own, {kind}", HINT)
         slots = tuple(slot for index, layer in enumerate(cache.layers) for slot in _slots(index, layer))
         if not any(slot.axis for slot in slots):
             raise ImpossibleError("the cache holds no keys and values, from which a past length shows", HINT)
@@ -209,6 +210,10 @@ def presents(
         if slot.axis is not None and tokens is not None:
             new = value.narrow(slot.axis, value.shape[slot.axis] - tokens, tokens)
             value = torch.cat([tensors[slot.past], new], dim=slot.axis)
+        elif slot.kind == "conv_state" and tokens is not None:
+            # A layer that records keeps all columns, and adds none where there are too few.
+            missing = slot.shape[-1] - value.shape[-1]
+            value = torch.nn.functional.pad(value, (missing, 0))
         found.append(value)
     return found
 

@@ -124,6 +124,7 @@ class PastSource(Source):
     """A decoder; `slots` are the tensors of its cache, in the order of the outputs behind the logits, and `plain` is
     the same model without cache."""
 
+    interface: PastInterface
     slots: tuple[Slot, ...] = ()
     plain: Source | None = None
 
