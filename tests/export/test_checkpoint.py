@@ -176,6 +176,17 @@ def checkpoint(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint("mixtral", models, tmp_path_factory.mktemp("checkpoint"), num_hidden_layers=1)
 
 
+def test_with_a_cache(checkpoint: Path, tmp_path: Path) -> None:
+    """Compared with its own cache, and configured for onnxruntime-genai; greedy tokens would read all weights each."""
+    for name, stream in (("ordinary", False), ("streamed", True)):
+        (tmp_path / name).mkdir()
+        report = sparse_onnx.export(checkpoint, tmp_path / name / "model.onnx", stream=stream, past=True)
+        assert report.verify is not None and report.verify.passed and "1x1 after 8" in report.verify.inputs
+        assert any("greedy tokens were not compared" in note for note in report.notes) == stream
+        assert (tmp_path / name / "genai_config.json").is_file()
+    same_files(tmp_path / "ordinary" / "model.onnx", tmp_path / "streamed" / "model.onnx")
+
+
 def test_linked_weights_stay_in_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     """What the checkpoint has as the graph wants it is named where it lies; packed experts are written."""
     folder = shutil.copytree(checkpoint, tmp_path / "model")

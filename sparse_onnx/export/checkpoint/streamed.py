@@ -19,7 +19,7 @@ from torch import nn
 
 from sparse_onnx.core.errors import UsageError, VerificationError
 from sparse_onnx.core.report import Report, VerifyRecord
-from sparse_onnx.export import block_check, check, experts, pipeline, planning, samples, trace, twin
+from sparse_onnx.export import block_check, check, experts, past, pipeline, planning, samples, trace, twin
 from sparse_onnx.export.checkpoint.expression import Leaf, simplified
 from sparse_onnx.export.checkpoint.placeholders import Attached, attach, placed, with_weights
 from sparse_onnx.export.checkpoint.segments import Segmented
@@ -71,11 +71,12 @@ def run(
     if link:
         _check_place(source.module, out)
     with placed(source.module) as table:
-        traced = trace.trace(source, found, opset)
+        with_past = isinstance(source, past.PastSource)
+        traced = (past.trace_with_past if with_past else trace.trace)(source, found, opset)
     attached = attach(traced.model, table)
     if isinstance(traced.program, nn.Module):
         with_weights(traced.program, table)
-    plan, plan_notes = planning.plan(source, traced.assumptions)
+    plan, plan_notes = planning.plan(source, traced.assumptions, long=bool(traced.lifted))
     half = pipeline.half_type(source)
     narrow = traced.model
     wide = narrow.clone() if half else None
@@ -104,6 +105,9 @@ def run(
         for path in (staged, saved.data_path):
             if path is not None:
                 path.unlink(missing_ok=True)
+    if isinstance(source, past.PastSource):
+        more.append("greedy tokens were not compared with generate: each would read all weights once more")
+        more.append(past.write_config(source, out))
     model = io.load(out)
     return Report(
         "export",

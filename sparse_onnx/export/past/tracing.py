@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_onnx.export import experts, trace
 from sparse_onnx.export.past.cache import presents
@@ -28,12 +28,18 @@ def trace_with_past(source: PastSource, found: list[experts.Experts], opset: int
     with _flat_forward(source), _copied_mask(source):
         traced = trace.trace(flat, found, opset)
     _name(traced.model.graph, source)
-    names = {name: python_name(name) for name in source.interface.inputs}
+    return dataclasses.replace(traced, program=_ByOnnxNames(traced.program))
 
-    def program(**inputs: Tensor) -> Any:
-        return traced.program(**{names[name]: value for name, value in inputs.items()})
 
-    return dataclasses.replace(traced, program=program)
+class _ByOnnxNames(nn.Module):
+    """The traced program with inputs by the names of the graph."""
+
+    def __init__(self, program: Any) -> None:
+        super().__init__()
+        self.program = program
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self.program(**{python_name(name): value for name, value in inputs.items()})
 
 
 @contextlib.contextmanager
