@@ -33,16 +33,14 @@ def run(
     Raises:
         ImpossibleError, VerificationError: as `sparse_onnx.export` says; nothing is at `out` then.
     """
-    say("finding experts")
-    streams = is_stored(source.module)
-    # Each expert of a streamed model is compared once, from the file; trying all here would read all weights for it.
-    found = experts.find(source.module, groups=1 if streams else None)
-    notes = [*source.notes, *_about(found)]
-    say("tracing")
-    if streams:
+    if is_stored(source.module):
         from sparse_onnx.export.checkpoint import streamed  # which uses the steps below
 
-        return streamed.run(source, found, notes, out, folder, opset=opset, link=link, say=say)
+        return streamed.run(source, out, folder, opset=opset, link=link, say=say)
+    say("finding experts")
+    found = experts.find(source.module)
+    notes = [*source.notes, *about(found)]
+    say("tracing")
     traced = trace.trace(source, found, opset)
     plan, plan_notes = planning.plan(source, traced.assumptions)
     notes += plan_notes
@@ -74,7 +72,8 @@ def run(
     )
 
 
-def _about(found: list[experts.Experts]) -> list[str]:
+def about(found: list[experts.Experts]) -> list[str]:
+    """Notes on modules that are not kept whole."""
     if not found:
         return [
             "no experts module was found, so no block was kept whole; `inspect` says what is in the graph"

@@ -43,8 +43,6 @@ _ROWS = 256
 
 def run(
     source: Source,
-    found: list[experts.Experts],
-    notes: list[str],
     out: Path,
     folder: Path,
     *,
@@ -56,8 +54,6 @@ def run(
 
     Args:
         source: its module's weights are `stored.Stored`.
-        found: its experts modules.
-        notes: so far.
         out: the graph file.
         folder: scratch space on the same file system.
         opset: of the result.
@@ -70,6 +66,11 @@ def run(
     """
     if link:
         _check_place(source.module, out)
+    say("finding experts")
+    # Each expert is compared once, from the file; trying all here would read all weights for it.
+    found = experts.find(source.module, groups=1)
+    notes = [*source.notes, *pipeline.about(found)]
+    say("tracing")
     with placed(source.module) as table:
         traced = trace.trace(source, found, opset)
     attached = attach(traced.model, table)
