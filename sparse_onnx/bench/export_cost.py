@@ -126,7 +126,13 @@ def _run_child(name: str, *arguments: str) -> None:
         found: dict[str, float] = {}
     else:
         checkpoint, out = map(Path, arguments)
-        found = EXPORTERS[name](checkpoint, out)
+        try:
+            found = EXPORTERS[name](checkpoint, out)
+        except Exception as error:  # of any exporter, for any reason: it is what the table says then
+            from sparse_onnx.export.failure import root_line
+
+            print(json.dumps({"failure": root_line(error)}))
+            return
     usage = resource.getrusage(resource.RUSAGE_SELF)
     found["peak_mb"] = usage.ru_maxrss / 1024  # kilobytes on Linux
     found["cpu"] = usage.ru_utime + usage.ru_stime

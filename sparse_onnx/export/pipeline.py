@@ -55,25 +55,22 @@ def run(
     Raises:
         ImpossibleError, VerificationError: as `sparse_onnx.export` says; nothing is at `out` then.
     """
-    say("finding experts")
     if is_stored(source.module):
         from sparse_onnx.export.checkpoint import streamed  # which uses the steps below
 
         if given:
             raise UsageError(
-                "adapters cannot be tried on weights that stay in their files", "leave out --stream, or --adapter"
+                "adapters cannot be tried on weights that stay in their files",
+                "leave out --stream, or --adapter",
             )
-        # Each expert is compared once, from the file; trying all here would read all weights for it.
-        found = experts.find(source.module, groups=1)
-        notes = [*source.notes, *_about(found)]
-        say("tracing")
-        return streamed.run(source, found, notes, out, folder, opset=opset, link=link, say=say)
+        return streamed.run(source, out, folder, opset=opset, link=link, say=say)
+    say("finding experts")
     # Tried without a cache, which a second call would find filled.
     plain = source.plain if isinstance(source, past.PastSource) and source.plain else source
     adapted = adapters.adapt(plain, given, share=source.owned)
     with adapted.in_place(source) as replaced:
         found = experts.find(replaced.module)
-        notes = [*source.notes, *adapted.notes, *_about(found)]
+        notes = [*source.notes, *adapted.notes, *about(found)]
         say("tracing")
         traced, plan, plan_notes = attempts.trace(replaced, found, opset)
     notes += plan_notes
@@ -129,7 +126,8 @@ def _compare(
     return record
 
 
-def _about(found: list[experts.Experts]) -> list[str]:
+def about(found: list[experts.Experts]) -> list[str]:
+    """Notes on modules that are not kept whole."""
     return [
         f"{entry.path}: {entry.reason}; exported operator by operator, not as a block"
         for entry in found

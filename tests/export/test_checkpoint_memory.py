@@ -44,7 +44,7 @@ def export_sparse(folder: Path, *sizes: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("sizes", "gigabytes", "anonymous"),
     [
-        pytest.param((1, 1024, 2816, 128), 2.0, 900, id="2GB"),
+        pytest.param((1, 2048, 2816, 64), 2.0, 1000, id="2GB"),
         pytest.param((14, 4096, 14336, 8), 40.0, 4000, id="40GB", marks=pytest.mark.slow),
     ],
 )

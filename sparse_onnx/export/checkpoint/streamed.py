@@ -19,7 +19,18 @@ from torch import nn
 
 from sparse_onnx.core.errors import UsageError, VerificationError
 from sparse_onnx.core.report import Report, VerifyRecord
-from sparse_onnx.export import block_check, check, experts, past, pipeline, planning, samples, trace, twin
+from sparse_onnx.export import (
+    block_check,
+    check,
+    experts,
+    past,
+    pipeline,
+    planning,
+    recognised,
+    samples,
+    trace,
+    twin,
+)
 from sparse_onnx.export.checkpoint.expression import Leaf, simplified
 from sparse_onnx.export.checkpoint.placeholders import Attached, attach, placed, with_weights
 from sparse_onnx.export.checkpoint.segments import Segmented
@@ -43,8 +54,6 @@ _ROWS = 256
 
 def run(
     source: Source,
-    found: list[experts.Experts],
-    notes: list[str],
     out: Path,
     folder: Path,
     *,
@@ -56,8 +65,6 @@ def run(
 
     Args:
         source: its module's weights are `stored.Stored`.
-        found: its experts modules.
-        notes: so far.
         out: the graph file.
         folder: scratch space on the same file system.
         opset: of the result.
@@ -70,6 +77,11 @@ def run(
     """
     if link:
         _check_place(source.module, out)
+    say("finding experts")
+    # Each expert is compared once, from the file; trying all here would read all weights for it.
+    found = experts.find(source.module, groups=1)
+    notes = [*source.notes, *pipeline.about(found)]
+    say("tracing")
     with placed(source.module) as table:
         with_past = isinstance(source, past.PastSource)
         traced = (past.trace_with_past if with_past else trace.trace)(source, found, opset)
@@ -108,6 +120,8 @@ def run(
     if isinstance(source, past.PastSource):
         more.append("greedy tokens were not compared with generate: each would read all weights once more")
         more.append(past.write_config(source, out))
+    if not found:
+        more += recognised.notes(out)
     model = io.load(out)
     return Report(
         "export",
