@@ -33,15 +33,17 @@ def test_nothing_is_trusted_unless_asked(received: dict[str, Any]) -> None:
         "dtype": None,
         "trust_remote_code": False,
         "allow_pickle": False,
+        "adapters": (),
         "progress": None,
     }
 
 
 def test_every_option(received: dict[str, Any]) -> None:
     arguments = ["org/name", "m.onnx", "--random-weights", "--dtype", "float16", "--opset", "21"]
-    arguments += ["--trust-remote-code", "--allow-pickle"]
+    arguments += ["--trust-remote-code", "--allow-pickle", "--adapter", "a.py:one", "--adapter", "b.py:two"]
     assert CliRunner().invoke(main, ["export", *arguments]).exit_code == 0
     assert (received["random_weights"], received["dtype"], received["opset"]) == (True, "float16", 21)
+    assert received["adapters"] == ("a.py:one", "b.py:two")
     assert (
         received["trust_remote_code"] is received["allow_pickle"] is True and received["progress"] is not None
     )

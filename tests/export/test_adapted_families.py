@@ -57,7 +57,7 @@ def test_experts_without_neutral_form_are_exact(name: str, reason: str, tmp_path
     assert report.verify is not None and report.verify.max_rel_error is not None
     assert report.verify.passed and report.verify.max_rel_error < 1e-5
     assert report.blocks == []
-    assert sum(reason in note for note in report.notes) == LAYERS
+    assert any(reason in note for note in report.notes)
 
 
 @pytest.mark.parametrize("name", FALLBACKS)
@@ -65,8 +65,7 @@ def test_plain_operators_answer_like_the_model(name: str, tmp_path: Path) -> Non
     source = model(name, tmp_path)
     adapted = adapters.adapt(source)
     assert not any("does not fit" in note for note in adapted.notes)
-    # Equal tokens tie in Doge's product keys: the pairs (i, j) and (j, i) score the same, and topk takes any.
-    runs = [run for run in samples.untraced(source.interface) if name != "doge" or "one" not in run.name]
+    runs = samples.untraced(source.interface)
     for grouped in (False, True):
         with adapted.in_place(source) as replaced:
             found = experts.find(replaced.module)
