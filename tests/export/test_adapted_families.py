@@ -21,6 +21,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 import sparse_onnx  # noqa: E402
 from sparse_onnx import blocks  # noqa: E402
 from sparse_onnx.export import adapters, check, experts, random_weights, samples, sources  # noqa: E402
+from sparse_onnx.export.adapters import jetmoe, registry  # noqa: E402
 from sparse_onnx.graph import io  # noqa: E402
 
 EXPERTS = {"longcat": 5, "zaya": 4}
