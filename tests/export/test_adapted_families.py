@@ -286,7 +286,7 @@ def test_an_adapter_of_ours_that_no_longer_fits_is_not_used(
         replacement = jetmoe.moe(module)
         if break_it == "names":
             return module.no_longer_there
-        replacement.experts.activation = torch.nn.functional.gelu
+        replacement.experts.activation = torch.nn.GELU()
         return replacement
 
     monkeypatch.setitem(registry._BY_CLASS, "JetMoeMoE", changed)
