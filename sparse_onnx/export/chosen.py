@@ -80,8 +80,9 @@ def grouped_form(module: nn.Module, tokens: Tensor, expert_index: Tensor, expert
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     first = "gate_up_proj" if is_gated(module) else "up_proj"
-    settings = types.SimpleNamespace(
-        num_experts=module.down_proj.shape[0],  # type: ignore[union-attr, operator]
+    last: Any = module.down_proj
+    settings: Any = types.SimpleNamespace(
+        num_experts=last.shape[0],
         has_gate=is_gated(module),
         has_bias=bool(getattr(module, "has_bias", hasattr(module, f"{first}_bias"))),
         is_transposed=bool(getattr(module, "is_transposed", False)),

@@ -100,7 +100,7 @@ def load(
 def _complete_configuration(config: Any) -> None:
     """What transformers' own classes read and its configuration lacks: DBRX's attention keeps a `rope_theta`, which it
     does not use."""
-    attention = getattr(config, "attn_config", None)
+    attention: Any = getattr(config, "attn_config", None)
     if getattr(config, "model_type", "") == "dbrx" and not hasattr(attention, "rope_theta"):
         attention.rope_theta = (config.rope_parameters or {}).get("rope_theta")
 

@@ -35,6 +35,7 @@ def test_nothing_is_trusted_unless_asked(received: dict[str, Any]) -> None:
         "allow_pickle": False,
         "stream": None,
         "weights": "copy",
+        "adapters": (),
         "progress": None,
     }
 
@@ -45,6 +46,10 @@ def test_every_option(received: dict[str, Any]) -> None:
     assert CliRunner().invoke(main, ["export", *arguments]).exit_code == 0
     assert (received["random_weights"], received["dtype"], received["opset"]) == (True, "float16", 21)
     assert (received["stream"], received["weights"]) == (False, "link")
+    arguments += ["--trust-remote-code", "--allow-pickle", "--adapter", "a.py:one", "--adapter", "b.py:two"]
+    assert CliRunner().invoke(main, ["export", *arguments]).exit_code == 0
+    assert (received["random_weights"], received["dtype"], received["opset"]) == (True, "float16", 21)
+    assert received["adapters"] == ("a.py:one", "b.py:two")
     assert (
         received["trust_remote_code"] is received["allow_pickle"] is True and received["progress"] is not None
     )

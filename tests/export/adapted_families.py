@@ -173,7 +173,8 @@ FALLBACKS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "intermediate_size": 40,
             "is_moe": True,
             "num_experts": 25,
-            "num_experts_per_tok": 4,
+            # Of equal tokens the pairs of keys (i, j) and (j, i) score the same: with 3, no such tie is at the edge.
+            "num_experts_per_tok": 3,
             "keep_window_size": 64,
         },
     ),

@@ -14,10 +14,14 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from adapted_families import FALLBACKS, FAMILIES, config  # noqa: E402
+from transformers.models.switch_transformers.modeling_switch_transformers import (  # noqa: E402
+    SwitchTransformersSparseMLP,
+)
 
 import sparse_onnx  # noqa: E402
 from sparse_onnx import blocks  # noqa: E402
 from sparse_onnx.export import adapters, check, experts, random_weights, samples, sources  # noqa: E402
+from sparse_onnx.export.adapters import jetmoe, registry  # noqa: E402
 from sparse_onnx.graph import io  # noqa: E402
 
 EXPERTS = {"longcat": 5, "zaya": 4}
@@ -57,7 +61,7 @@ def test_experts_without_neutral_form_are_exact(name: str, reason: str, tmp_path
     assert report.verify is not None and report.verify.max_rel_error is not None
     assert report.verify.passed and report.verify.max_rel_error < 1e-5
     assert report.blocks == []
-    assert sum(reason in note for note in report.notes) == LAYERS
+    assert any(reason in note for note in report.notes)
 
 
 @pytest.mark.parametrize("name", FALLBACKS)
@@ -65,8 +69,7 @@ def test_plain_operators_answer_like_the_model(name: str, tmp_path: Path) -> Non
     source = model(name, tmp_path)
     adapted = adapters.adapt(source)
     assert not any("does not fit" in note for note in adapted.notes)
-    # Equal tokens tie in Doge's product keys: the pairs (i, j) and (j, i) score the same, and topk takes any.
-    runs = [run for run in samples.untraced(source.interface) if name != "doge" or "one" not in run.name]
+    runs = samples.untraced(source.interface)
     for grouped in (False, True):
         with adapted.in_place(source) as replaced:
             found = experts.find(replaced.module)
@@ -211,6 +214,26 @@ def test_every_expert_matters(name: str, tmp_path: Path) -> None:
     assert np.abs(changed - before).max() > 1e-2 * np.abs(before).max()
 
 
+@pytest.mark.parametrize("form", ["grouped", "gathered", pytest.param("branched", marks=pytest.mark.slow)])
+def test_dropped_slots_add_nothing_in_any_form(form: str, tmp_path: Path) -> None:
+    module = SwitchTransformersSparseMLP(config("switch")).eval()
+    random_weights.fill(module)
+    generator = torch.Generator().manual_seed(0)
+    sample, axes = torch.randn(3, 9, 32, generator=generator), {"hidden_states": {0: "batch", 1: "sequence"}}
+    report = sparse_onnx.export((module, sample, axes), tmp_path / "out.onnx")
+    assert [block.router for block in report.blocks] == ["softmax_top1_capacity"]
+    optimized = sparse_onnx.optimize(tmp_path / "out.onnx", tmp_path / "fast.onnx", target="cpu", form=form)
+    assert [block.form for block in optimized.blocks] == [form]
+    session = onnxruntime.InferenceSession(str(tmp_path / "fast.onnx"), providers=["CPUExecutionProvider"])
+    x = torch.randn(2, 40, 32, generator=generator)
+    expected = module(x).detach().numpy()
+    dropped = np.abs(expected).max(-1) == 0
+    assert 0.5 < dropped.mean() < 1
+    (actual,) = session.run(None, {"hidden_states": x.numpy()})
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    assert not actual[dropped].any()
+
+
 def test_nllb_still_has_its_bug(tmp_path: Path) -> None:
     """When this fails, transformers has fixed it, and the adapter and its note go."""
     source = model("nllb", tmp_path)
@@ -253,6 +276,27 @@ def test_a_router_that_draws_is_refused(changes: dict[str, Any], tmp_path: Path)
 
     with pytest.raises(ImpossibleError, match=r"ffn: the router draws random numbers"):
         adapters.adapt(model("nllb", tmp_path, **changes))
+
+
+@pytest.mark.parametrize("break_it", ["values", "names"])
+def test_an_adapter_of_ours_that_no_longer_fits_is_not_used(
+    break_it: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(module: Any) -> Any:
+        replacement = jetmoe.moe(module)
+        if break_it == "names":
+            return module.no_longer_there
+        replacement.experts.activation = torch.nn.GELU()
+        return replacement
+
+    monkeypatch.setitem(registry._BY_CLASS, "JetMoeMoE", changed)
+    adapted = adapters.adapt(model("jetmoe", tmp_path))
+    assert adapted.replaced == ()
+    reason = {"values": "it differs by 0.", "names": "AttributeError"}[break_it]
+    for number in range(LAYERS):
+        (note,) = [note for note in adapted.notes if note.startswith(f"model.layers.{number}.mlp: ")]
+        assert "does not fit" in note and reason in note
+    assert any("attention experts of one matrix" in note for note in adapted.notes)
 
 
 def test_llama4_with_a_bias_is_not_adapted(tmp_path: Path) -> None:

@@ -217,9 +217,9 @@ class _Trial:
                 raise
             except Exception as error:  # a module of a known name that is made otherwise
                 return root_line(error)
-            error, accepted = compare.error(expected, actual)
-            if not error <= accepted:
-                return _difference(expected, actual, error)
+            measured, accepted = compare.error(expected, actual)
+            if not measured <= accepted:
+                return _difference(expected, actual, measured)
         return ""
 
     def _refuse(self, entry: Replaced, reason: str) -> None:

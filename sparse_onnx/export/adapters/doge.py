@@ -3,12 +3,13 @@ that out in Python where all have room."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_onnx.export.adapters.twins import with_methods
+from sparse_onnx.export.adapters.twins import forward_with, with_methods
 
 
 def moe(module: Any) -> nn.Module:
@@ -41,8 +42,15 @@ def _mixture(self: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, T
 
 
 def attention(module: Any) -> nn.Module:
-    """`DogeAttention`."""
-    return with_methods(module, prepare_dynamic_mask=_dynamic_mask)
+    """`DogeAttention`, by its own plain operators: transformers' exporter gives zeros where a fused attention has no
+    key to look at, and torch the mean. Elsewhere that is padding; here the experts mix it into other tokens."""
+    forward = forward_with(module, ALL_ATTENTION_FUNCTIONS=_PlainAttention())
+    return with_methods(module, forward=forward, prepare_dynamic_mask=_dynamic_mask)
+
+
+class _PlainAttention:
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        return default if name == "eager" else lambda *args, **kwargs: (default(*args, **kwargs)[0], None)
 
 
 def _dynamic_mask(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_onnx.export.adapters.packed import PackedExperts
-from sparse_onnx.export.adapters.twins import with_functions
+from sparse_onnx.export.adapters.twins import forward_with, with_methods
 
 
 def moe(module: Any) -> nn.Module | None:
@@ -48,12 +48,12 @@ class _MoE(nn.Module):
 
 def text_attention(module: Any) -> nn.Module:
     """`Llama4TextAttention`."""
-    return with_functions(module, apply_rotary_emb=_rotate)
+    return with_methods(module, forward=forward_with(module, apply_rotary_emb=_rotate))
 
 
 def vision_attention(module: Any) -> nn.Module:
     """`Llama4VisionAttention`."""
-    return with_functions(module, vision_apply_rotary_emb=_rotate_vision)
+    return with_methods(module, forward=forward_with(module, vision_apply_rotary_emb=_rotate_vision))
 
 
 def _rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,7 @@ def sparse_mlp(module: Any) -> nn.Module:
 
 class _SparseMLP(nn.Module):
     note = _NOTE
+    fraction: Tensor
 
     def __init__(self, router: Any, experts: PackedExperts, scale: float) -> None:
         super().__init__()

@@ -32,21 +32,21 @@ def with_methods(module: nn.Module, **methods: Callable[..., Any]) -> nn.Module:
     return twin
 
 
-def with_functions(module: nn.Module, **functions: Callable[..., Any]) -> nn.Module:
-    """The same module, whose forward finds these functions under the names of its Python module's own.
+def forward_with(module: nn.Module, **values: Any) -> Callable[..., Any]:
+    """The module's forward, which finds these values under the names of its Python module's own.
 
     Raises:
         AttributeError: its Python module has none of that name.
     """
     forward = inspect.unwrap(type(module).forward)
-    if not all(name in forward.__globals__ for name in functions):
-        raise AttributeError(f"{type(module).__module__} has no {' or '.join(functions)}")
+    if not all(name in forward.__globals__ for name in values):
+        raise AttributeError(f"{type(module).__module__} has no {' or '.join(values)}")
     changed = types.FunctionType(
         forward.__code__,
-        {**forward.__globals__, **functions},
+        {**forward.__globals__, **values},
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
     )
     changed.__kwdefaults__ = forward.__kwdefaults__
-    return with_methods(module, forward=changed)
+    return changed
