@@ -31,6 +31,21 @@ def replaced(model: nn.Module) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
+def own_windows() -> Iterator[None]:
+    """Keeps cache layers with a window as they are: transformers traces them as if they had none, which is right where
+    a mask applies the window again. DiffusionGemma's decoder has no such mask. Not for a model that takes a cache:
+    the layer counts its tokens in Python."""
+    from transformers.exporters import utils
+
+    kept = utils._PATCHES["dynamo"]
+    utils._PATCHES["dynamo"] = [patch for patch in kept if "DynamicSlidingWindowLayer" not in patch[0]]
+    try:
+        yield
+    finally:
+        utils._PATCHES["dynamo"] = kept
+
+
+@contextlib.contextmanager
 def _named_results() -> Iterator[None]:
     """transformers' own patches of cummax and cummin give plain tuples, of which models take `.values`."""
     kept = {name: getattr(torch, name) for name in ("cummax", "cummin")}

@@ -155,7 +155,7 @@ class _Lift:
         inside = {id(node) for node in ast.walk(loop)}
         read_behind = {node.id for node in outside if id(node) not in inside and not _stored(node)}
         carried = [name for name in body.assigned if name in body.read_first]
-        if (set(body.assigned) - set(carried)) & (
+        if ({body.index, *body.assigned} - set(carried)) & (
             read_behind - body.read_first_elsewhere(self.definition, loop)
         ):
             return None
@@ -224,9 +224,11 @@ class _Body:
         if ast.unparse(call.func) != "range" or len(call.args) != 1 or call.keywords:
             return False
         self.index, self.length = loop.target.id, call.args[0]
-        return all(self._statement(_copied(statement)) for statement in loop.body) and bool(
-            self.writes or self.lists
-        )
+        if not all(self._statement(_copied(statement)) for statement in loop.body):
+            return False
+        written = [tensor for tensor, _, _ in self.writes if tensor] + self.lists
+        read = self.reads | {tensor for tensor, _ in self.slices} | set(self.assigned)
+        return bool(written) and len(set(written)) == len(written) and not read & set(written)
 
     def _statement(self, statement: ast.stmt) -> bool:
         if isinstance(statement, ast.Expr) and isinstance(call := statement.value, ast.Call):
@@ -306,7 +308,7 @@ class _Body:
     def read_first_elsewhere(self, definition: ast.FunctionDef, loop: ast.For) -> set[str]:
         """Names that are assigned outside the loop too before each read there, as far as lines tell."""
         found = set[str]()
-        for name in self.assigned:
+        for name in (*self.assigned, self.index):
             reads = [n.lineno for n in ast.walk(definition) if _is_name(n, name) and not _stored(n)]
             behind = [line for line in reads if line > (loop.end_lineno or loop.lineno)]
             stores = [n.lineno for n in ast.walk(definition) if _is_name(n, name) and _stored(n)]
