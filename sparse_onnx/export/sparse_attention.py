@@ -142,7 +142,9 @@ def chosen_tokens(
     batch, length, _ = hidden_states.shape
     size, width, heads = self.compress_ratio, self.index_head_dim, self.index_n_heads
     cos, sin = position_embeddings
-    query, keys = self.index_qk_proj(hidden_states).split([heads * width, self.index_kv_heads * width], dim=-1)
+    query, keys = self.index_qk_proj(hidden_states).split(
+        [heads * width, self.index_kv_heads * width], dim=-1
+    )
     query = self.q_layernorm(query.reshape(batch, length, heads, width))
     query = source.apply_rotary_pos_emb(query, cos=cos, sin=sin, unsqueeze_dim=2)
     visible = (attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0)[:, 0]
@@ -151,7 +153,12 @@ def chosen_tokens(
     index = torch.arange(length, device=keys.device)
     order = torch.where(real, index, index + length).argsort(dim=-1)  # tokens first, then padding
     rank = real.cumsum(-1) - 1
-    pooled = _blocks(keys.gather(1, order.unsqueeze(-1).expand(-1, -1, width)), size).float().mean(2).to(keys.dtype)
+    pooled = (
+        _blocks(keys.gather(1, order.unsqueeze(-1).expand(-1, -1, width)), size)
+        .float()
+        .mean(2)
+        .to(keys.dtype)
+    )
     starts = _blocks(order.unsqueeze(-1), size)[:, :, 0]
     block_cos, block_sin = (
         each.expand(batch, -1, -1).gather(1, starts.expand(-1, -1, each.shape[-1])) for each in (cos, sin)

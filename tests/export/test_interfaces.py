@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 from architectures import write_config  # noqa: E402
 
 from sparse_onnx.core.errors import ImpossibleError  # noqa: E402
-from sparse_onnx.export import interfaces  # noqa: E402
+from sparse_onnx.export import hugging_face, interfaces  # noqa: E402
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
 
@@ -60,3 +60,22 @@ def test_other_inputs_are_refused_by_name() -> None:
 
     with pytest.raises(ImpossibleError, match="'input_features'"):
         interfaces.of_model("model", Model())
+
+
+def test_a_pipeline_of_models_gives_its_first() -> None:
+    config = transformers.MixtralConfig(
+        **SMALL, vocab_size=50, num_local_experts=2, num_key_value_heads=2, num_experts_per_tok=1
+    )
+
+    class Pipeline(transformers.PreTrainedModel):
+        config_class = transformers.MixtralConfig
+
+        def __init__(self, config: object) -> None:
+            super().__init__(config)
+            self.other = torch.nn.Linear(2, 2)
+            self.thinker = transformers.MixtralForCausalLM(config)
+
+    pipeline = Pipeline(config)
+    model, (note,) = hugging_face._callable(pipeline)
+    assert model is pipeline.thinker and "'thinker'" in note
+    assert hugging_face._callable(model) == (model, ())
