@@ -94,7 +94,7 @@ def _lightning_attention(
     block, heads, width = self.block_size, self.num_attention_heads, self.head_dim
     masked = sys.modules[type(self).__module__].apply_mask_to_padding_states  # type: ignore[attr-defined]
     states = masked(self.act_fn(self.qkv_proj(hidden_states)), attention_mask)
-    states = F.pad(states, (0, 0, 0, scans.padding(length, block)))
+    states = F.pad(states, (0, 0, 0, scans.padding([], length, block)))
     states = states.reshape(batch, -1, block, heads, 3 * width).permute(0, 3, 1, 2, 4)
     query, key, value = states.split(width, dim=-1)  # [batch, heads, blocks, block, width]
     within = ((query @ key.transpose(-1, -2)) * self.diagonal_decay[:, :, None]) @ value

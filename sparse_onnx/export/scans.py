@@ -57,14 +57,15 @@ def lifted(model: nn.Module) -> Iterator[list[str]]:
             if code is not None:
                 before.append((function, function.__code__))
                 namespaces.append(function.__globals__)
-                function.__globals__.update(_HELPERS | {_SCAN: functools.partial(scan, ran)})
+                bound = {_SCAN: functools.partial(scan, ran), _PADDING: functools.partial(padding, ran)}
+                function.__globals__.update(_HELPERS | bound)
                 function.__code__ = code
         yield ran
     finally:
         for function, code in before:
             function.__code__ = code
         for namespace in namespaces:
-            for name in (_SCAN, *_HELPERS):
+            for name in (_SCAN, _PADDING, *_HELPERS):
                 namespace.pop(name, None)
 
 
@@ -93,8 +94,10 @@ def _unwrapped(value: Any) -> Iterator[types.FunctionType]:
 
 
 def _rewritten(function: types.FunctionType) -> types.CodeType | None:
-    """None: it holds no such loop."""
-    if function.__code__.co_freevars or "range" not in function.__code__.co_names:
+    """None: it holds no such loop, and pads to no chunks."""
+    code = function.__code__
+    names = (*code.co_names, *code.co_varnames)
+    if code.co_freevars or not ("range" in names or any("chunk" in name for name in names)):
         return None
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -128,9 +131,9 @@ class _Lift:
 
     def run(self) -> bool:
         self._block(self.definition.body)
-        if self.count:
-            _OneMoreChunk().visit(self.definition)
-        return self.count > 0
+        chunks = _OneMoreChunk()
+        chunks.visit(self.definition)
+        return self.count > 0 or chunks.found
 
     def _block(self, statements: list[ast.stmt]) -> None:
         for position, statement in enumerate(statements):
@@ -189,18 +192,18 @@ class _Lift:
 
 
 class _OneMoreChunk(ast.NodeTransformer):
-    """`(size - length % size) % size`, the padding to whole chunks, and a chunk."""
+    """`(chunk_size - length % chunk_size) % chunk_size`, the padding to whole chunks, and a chunk."""
+
+    found = False
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         size = ast.unparse(node.right)
-        match = re.fullmatch(
-            rf"\({re.escape(size)} - (\w+) % {re.escape(size)}\) % {re.escape(size)}", ast.unparse(node)
-        )
-        return (
-            ast.parse(f"{_PADDING}({match[1]}, {size})", mode="eval").body
-            if match
-            else self.generic_visit(node)
-        )
+        form = rf"\({re.escape(size)} - (\w+) % {re.escape(size)}\) % {re.escape(size)}"
+        match = re.fullmatch(form, ast.unparse(node)) if "chunk" in size else None
+        if match is None:
+            return self.generic_visit(node)
+        self.found = True
+        return ast.parse(f"{_PADDING}({match[1]}, {size})", mode="eval").body
 
 
 class _Body:
@@ -436,8 +439,10 @@ def _fill(tensor: Tensor, values: Tensor, axis: int) -> Tensor:
     return values.movedim(0, axis).to(tensor.dtype)
 
 
-def padding(length: Any, size: int) -> Any:
+def padding(ran: list[str], length: Any, size: int) -> Any:
     """To whole chunks of this size; and a chunk where the length is symbolic."""
+    if _is_symbolic(length):
+        ran.append("padding")
     return (size - length % size) % size + (size if _is_symbolic(length) else 0)
 
 
@@ -450,6 +455,5 @@ _HELPERS: dict[str, Any] = {
     _CAT: _cat,
     _FILL: _fill,
     _IS_SYMBOLIC: _is_symbolic,
-    _PADDING: padding,
     substitution.NAME: substitution.substituted,
 }

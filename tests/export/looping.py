@@ -87,3 +87,12 @@ def triangular(a: Tensor, size: int) -> Tensor:
         sub = a[..., :i, :i].clone()
         a[..., i, :i] = row + (row.unsqueeze(-1) * sub).sum(-2)
     return a
+
+
+def chunked(x: Tensor, w: Tensor, chunk_size: int = 8) -> Tensor:
+    length = x.shape[1]
+    pad = (chunk_size - length % chunk_size) % chunk_size
+    chunks = torch.nn.functional.pad(x @ w, (0, 0, 0, pad)).reshape(x.shape[0], -1, chunk_size, x.shape[2])
+    sums = chunks.cumsum(2)
+    before = sums[:, :, -1:].cumsum(1) - sums[:, :, -1:]
+    return (sums + before).flatten(1, 2)[:, :length]

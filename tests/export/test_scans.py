@@ -31,7 +31,8 @@ def rewritten(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     if code is None:
         return None
     names = {**function.__globals__, **scans._HELPERS, scans._SCAN: lambda *args: scans.scan([], *args)}
-    return types.FunctionType(code, names)
+    names[scans._PADDING] = lambda *args: scans.padding([], *args)
+    return types.FunctionType(code, names, function.__name__, function.__defaults__)
 
 
 @pytest.mark.parametrize("function", [looping.writes, looping.appends])
@@ -83,6 +84,17 @@ def test_a_triangular_inverse_in_few_steps() -> None:
     )
     fast = rewritten(looping.triangular)
     assert fast is not None and torch.allclose(fast(a.clone(), 13), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_chunks_are_right_for_every_length() -> None:
+    """A number of chunks of 1 is no case of its own."""
+    layer, lifted = Layer(looping.chunked).eval(), Layer(rewritten(looping.chunked)).eval()
+    shapes = {"x": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
+    with torch.no_grad():
+        program = torch.export.export(lifted, (), {"x": torch.randn(2, 7, 4)}, dynamic_shapes=shapes)
+        for length in (1, 8, 9, 30):
+            x = torch.randn(3, length, 4)
+            assert torch.allclose(program.module()(x=x), layer(x), atol=1e-5)
 
 
 def test_functions_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
