@@ -51,7 +51,7 @@ _MAX_COMBINATIONS = 4096
 #: spread over all that fail.
 _TRIED_SMALLEST, _TRIED_SPREAD = 4, 12
 #: A guard that fails at no more sizes of an axis than this, and at none larger, is compared there instead.
-_FEW, _SMALL = 2, 8
+_FEW, _SMALL = 16, 16
 _NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 
 Sizes = Mapping[str, int]
@@ -134,7 +134,7 @@ def limits(
 
 
 def isolated(guard: Guard, interface: Interface) -> list[dict[str, int]]:
-    """Sizes to compare on where a guard fails at one or two small sizes of one axis only, whatever the others are:
+    """Sizes to compare on where a guard fails at a few small sizes of one axis only, whatever the others are:
     torch takes a length that is 1 there for a case of its own, which says nothing of whether the graph is right.
     Empty for any other guard, and one that holds everywhere."""
     symbols = interface.symbols
@@ -144,7 +144,8 @@ def isolated(guard: Guard, interface: Interface) -> list[dict[str, int]]:
         return []
     for symbol in symbols:
         values = {sizes[symbol] for sizes in failing}
-        if len(values) <= _FEW and max(values) <= _SMALL:
+        alone = len(failing) == sum(sizes[symbol] in values for sizes in everything)
+        if alone and len(values) <= _FEW and max(values) <= _SMALL:
             return [
                 {each: value if each == symbol else other for each in symbols}
                 for value in sorted(values)

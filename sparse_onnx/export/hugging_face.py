@@ -91,7 +91,8 @@ def load(
         notes = _complete(source, loaded)
         if entries is not None:
             notes += checkpoint.note(entries)
-    model = model.eval()
+    model, part = _callable(model.eval())
+    notes += part
     _only_logits(model)
     interface, left_out = interfaces.of_model(source, model)
     return model, interface, (*notes, *left_out)
@@ -103,6 +104,16 @@ def _complete_configuration(config: Any) -> None:
     attention: Any = getattr(config, "attn_config", None)
     if getattr(config, "model_type", "") == "dbrx" and not hasattr(attention, "rope_theta"):
         attention.rope_theta = (config.rope_parameters or {}).get("rope_theta")
+
+
+def _callable(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model, or where its class is only a pipeline of models, without a forward, the first of them; and a note."""
+    if type(model).forward is not nn.Module.forward:
+        return model, ()
+    for name, part in model.named_children():
+        if isinstance(part, transformers.PreTrainedModel) and type(part).forward is not nn.Module.forward:
+            return part, (f"{type(model).__name__} has no forward; exported its '{name}'",)
+    return model, ()
 
 
 def _complete(source: str, loaded: Mapping[str, Any]) -> tuple[str, ...]:

@@ -31,6 +31,21 @@ def replaced(model: nn.Module) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
+def own_windows() -> Iterator[None]:
+    """Keeps cache layers with a window as they are: transformers traces them as if they had none, which is right where
+    a mask applies the window again. DiffusionGemma's decoder has no such mask. Not for a model that takes a cache:
+    the layer counts its tokens in Python."""
+    from transformers.exporters import utils
+
+    kept = utils._PATCHES["dynamo"]
+    utils._PATCHES["dynamo"] = [patch for patch in kept if "DynamicSlidingWindowLayer" not in patch[0]]
+    try:
+        yield
+    finally:
+        utils._PATCHES["dynamo"] = kept
+
+
+@contextlib.contextmanager
 def _named_results() -> Iterator[None]:
     """transformers' own patches of cummax and cummin give plain tuples, of which models take `.values`."""
     kept = {name: getattr(torch, name) for name in ("cummax", "cummin")}
@@ -79,7 +94,7 @@ def _lightning_attention(
     block, heads, width = self.block_size, self.num_attention_heads, self.head_dim
     masked = sys.modules[type(self).__module__].apply_mask_to_padding_states  # type: ignore[attr-defined]
     states = masked(self.act_fn(self.qkv_proj(hidden_states)), attention_mask)
-    states = F.pad(states, (0, 0, 0, scans.padding(length, block)))
+    states = F.pad(states, (0, 0, 0, scans.padding([], length, block)))
     states = states.reshape(batch, -1, block, heads, 3 * width).permute(0, 3, 1, 2, 4)
     query, key, value = states.split(width, dim=-1)  # [batch, heads, blocks, block, width]
     within = ((query @ key.transpose(-1, -2)) * self.diagonal_decay[:, :, None]) @ value

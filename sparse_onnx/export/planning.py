@@ -20,7 +20,8 @@ def plan(
 ) -> tuple[list[samples.Run], list[str]]:
     """The runs, and notes on sizes that the model does not take; `long` adds one of several chunks of the usual 64.
 
-    An assumption that fails at one or two small sizes only is no reason to refuse: the runs are at those sizes too.
+    An assumption that fails at a few small sizes of one axis only is no reason to refuse: the runs are at those sizes
+    too.
 
     A planned run for which an assumption fails gives way to one of another size only because the module refuses
     it.

@@ -57,14 +57,15 @@ def lifted(model: nn.Module) -> Iterator[list[str]]:
             if code is not None:
                 before.append((function, function.__code__))
                 namespaces.append(function.__globals__)
-                function.__globals__.update(_HELPERS | {_SCAN: functools.partial(scan, ran)})
+                bound = {_SCAN: functools.partial(scan, ran), _PADDING: functools.partial(padding, ran)}
+                function.__globals__.update(_HELPERS | bound)
                 function.__code__ = code
         yield ran
     finally:
         for function, code in before:
             function.__code__ = code
         for namespace in namespaces:
-            for name in (_SCAN, *_HELPERS):
+            for name in (_SCAN, _PADDING, *_HELPERS):
                 namespace.pop(name, None)
 
 
@@ -93,8 +94,10 @@ def _unwrapped(value: Any) -> Iterator[types.FunctionType]:
 
 
 def _rewritten(function: types.FunctionType) -> types.CodeType | None:
-    """None: it holds no such loop."""
-    if function.__code__.co_freevars or "range" not in function.__code__.co_names:
+    """None: it holds no such loop, and pads to no chunks."""
+    code = function.__code__
+    names = (*code.co_names, *code.co_varnames)
+    if code.co_freevars or not ("range" in names or any("chunk" in name for name in names)):
         return None
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -128,9 +131,9 @@ class _Lift:
 
     def run(self) -> bool:
         self._block(self.definition.body)
-        if self.count:
-            _OneMoreChunk().visit(self.definition)
-        return self.count > 0
+        chunks = _OneMoreChunk()
+        chunks.visit(self.definition)
+        return self.count > 0 or chunks.found
 
     def _block(self, statements: list[ast.stmt]) -> None:
         for position, statement in enumerate(statements):
@@ -155,7 +158,7 @@ class _Lift:
         inside = {id(node) for node in ast.walk(loop)}
         read_behind = {node.id for node in outside if id(node) not in inside and not _stored(node)}
         carried = [name for name in body.assigned if name in body.read_first]
-        if (set(body.assigned) - set(carried)) & (
+        if ({body.index, *body.assigned} - set(carried)) & (
             read_behind - body.read_first_elsewhere(self.definition, loop)
         ):
             return None
@@ -189,18 +192,18 @@ class _Lift:
 
 
 class _OneMoreChunk(ast.NodeTransformer):
-    """`(size - length % size) % size`, the padding to whole chunks, and a chunk."""
+    """`(chunk_size - length % chunk_size) % chunk_size`, the padding to whole chunks, and a chunk."""
+
+    found = False
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         size = ast.unparse(node.right)
-        match = re.fullmatch(
-            rf"\({re.escape(size)} - (\w+) % {re.escape(size)}\) % {re.escape(size)}", ast.unparse(node)
-        )
-        return (
-            ast.parse(f"{_PADDING}({match[1]}, {size})", mode="eval").body
-            if match
-            else self.generic_visit(node)
-        )
+        form = rf"\({re.escape(size)} - (\w+) % {re.escape(size)}\) % {re.escape(size)}"
+        match = re.fullmatch(form, ast.unparse(node)) if "chunk" in size else None
+        if match is None:
+            return self.generic_visit(node)
+        self.found = True
+        return ast.parse(f"{_PADDING}({match[1]}, {size})", mode="eval").body
 
 
 class _Body:
@@ -224,9 +227,11 @@ class _Body:
         if ast.unparse(call.func) != "range" or len(call.args) != 1 or call.keywords:
             return False
         self.index, self.length = loop.target.id, call.args[0]
-        return all(self._statement(_copied(statement)) for statement in loop.body) and bool(
-            self.writes or self.lists
-        )
+        if not all(self._statement(_copied(statement)) for statement in loop.body):
+            return False
+        written = [tensor for tensor, _, _ in self.writes if tensor] + self.lists
+        read = self.reads | {tensor for tensor, _ in self.slices} | set(self.assigned)
+        return bool(written) and len(set(written)) == len(written) and not read & set(written)
 
     def _statement(self, statement: ast.stmt) -> bool:
         if isinstance(statement, ast.Expr) and isinstance(call := statement.value, ast.Call):
@@ -306,7 +311,7 @@ class _Body:
     def read_first_elsewhere(self, definition: ast.FunctionDef, loop: ast.For) -> set[str]:
         """Names that are assigned outside the loop too before each read there, as far as lines tell."""
         found = set[str]()
-        for name in self.assigned:
+        for name in (*self.assigned, self.index):
             reads = [n.lineno for n in ast.walk(definition) if _is_name(n, name) and not _stored(n)]
             behind = [line for line in reads if line > (loop.end_lineno or loop.lineno)]
             stores = [n.lineno for n in ast.walk(definition) if _is_name(n, name) and _stored(n)]
@@ -434,8 +439,10 @@ def _fill(tensor: Tensor, values: Tensor, axis: int) -> Tensor:
     return values.movedim(0, axis).to(tensor.dtype)
 
 
-def padding(length: Any, size: int) -> Any:
+def padding(ran: list[str], length: Any, size: int) -> Any:
     """To whole chunks of this size; and a chunk where the length is symbolic."""
+    if _is_symbolic(length):
+        ran.append("padding")
     return (size - length % size) % size + (size if _is_symbolic(length) else 0)
 
 
@@ -448,6 +455,5 @@ _HELPERS: dict[str, Any] = {
     _CAT: _cat,
     _FILL: _fill,
     _IS_SYMBOLIC: _is_symbolic,
-    _PADDING: padding,
     substitution.NAME: substitution.substituted,
 }

@@ -51,7 +51,7 @@ def sparsely_compressed(
     cache: Any,
     layer_idx: int,
 ) -> Any:
-    """DeepSeek-V4's CSA compressor: keys of overlapping blocks, and a mask of those that the indexer does not choose."""
+    """DeepSeek-V4's CSA compressor: keys of overlapping blocks, and a mask of all that the indexer leaves out."""
     if cache is not None:
         return original(self, hidden_states, q_residual, position_ids, cache, layer_idx)
     compressed = _overlapping(self, hidden_states).unsqueeze(1)

@@ -85,17 +85,20 @@ def test_refusals_and_failures_are_told_apart(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_module_with_fewer_blocks_than_sparse_layers_is_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
-    class TwoExperts(nn.Module):
+    class TwoExperts(nn.Identity):
         pass
 
     class Model(Scaled):
         def __init__(self) -> None:
             super().__init__(2.0)
-            self.first, self.second = TwoExperts(), TwoExperts()
+            self.first, self.second, self.of_images = TwoExperts(), TwoExperts(), TwoExperts()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(super().forward(x)))
 
     monkeypatch.setitem(exporters.EXPORTERS, "ours", exporting(Scaled(2.0), blocks=1))
     cell = measure.measure(Case("two", "Model", lambda folder: made(Model())), "ours")
-    assert (cell.outcome, cell.blocks, cell.layers) == (measure.FALLBACK, 1, 0 + 2)
+    assert (cell.outcome, cell.blocks, cell.layers) == (measure.FALLBACK, 1, 2)
 
 
 def test_the_inputs_are_seven_of_sizes_that_no_export_compares() -> None:

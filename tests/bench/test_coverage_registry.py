@@ -43,7 +43,7 @@ def test_undecorated_experts_are_told_apart() -> None:
 
 def test_a_new_directory_shows_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = {
-        "fresh/modeling_fresh.py": "@use_experts_implementation(has_bias=True)\nclass FreshExperts(nn.Module):\n    pass\n",
+        "fresh/modeling_fresh.py": "@use_experts_implementation(has_bias=True)\nclass FreshExperts(nn.Module): ...\n",
         "other/modeling_other.py": "import torch\n\n\nclass OtherExperts(nn.ModuleList):\n    pass\n",
         "counted/modeling_counted.py": "class CountedMLP(nn.Module):\n    pass\n",
         "counted/configuration_counted.py": "class CountedConfig:\n    num_local_experts: int = 8\n",
@@ -63,7 +63,7 @@ def test_tiny_keeps_what_decides_which_code_runs(name: str) -> None:
     text, tiny_text = full.get_text_config(), small.get_text_config()
     assert type(small) is type(full)
     assert tiny_text.hidden_size <= 64 and tiny_text.vocab_size <= 256 and tiny_text.num_hidden_layers <= 6
-    assert tiny_text.hidden_act == text.hidden_act
+    assert getattr(tiny_text, "hidden_act", None) == getattr(text, "hidden_act", None)
     for field in ("layer_types", "layers_block_type", "mlp_layer_types"):
         kinds = getattr(text, field, None)
         if kinds is not None:

@@ -31,6 +31,7 @@ def test_nothing_is_trusted_unless_asked(received: dict[str, Any]) -> None:
         "out": Path("m.onnx"),
         "random_weights": False,
         "dtype": None,
+        "past": False,
         "trust_remote_code": False,
         "allow_pickle": False,
         "stream": None,
@@ -42,13 +43,11 @@ def test_nothing_is_trusted_unless_asked(received: dict[str, Any]) -> None:
 
 def test_every_option(received: dict[str, Any]) -> None:
     arguments = ["org/name", "m.onnx", "--random-weights", "--dtype", "float16", "--opset", "21"]
-    arguments += ["--trust-remote-code", "--allow-pickle", "--no-stream", "--weights", "link"]
+    arguments += ["--trust-remote-code", "--allow-pickle", "--no-stream", "--weights", "link", "--past"]
+    arguments += ["--adapter", "a.py:one", "--adapter", "b.py:two"]
     assert CliRunner().invoke(main, ["export", *arguments]).exit_code == 0
     assert (received["random_weights"], received["dtype"], received["opset"]) == (True, "float16", 21)
-    assert (received["stream"], received["weights"]) == (False, "link")
-    arguments += ["--trust-remote-code", "--allow-pickle", "--adapter", "a.py:one", "--adapter", "b.py:two"]
-    assert CliRunner().invoke(main, ["export", *arguments]).exit_code == 0
-    assert (received["random_weights"], received["dtype"], received["opset"]) == (True, "float16", 21)
+    assert (received["stream"], received["weights"], received["past"]) == (False, "link", True)
     assert received["adapters"] == ("a.py:one", "b.py:two")
     assert (
         received["trust_remote_code"] is received["allow_pickle"] is True and received["progress"] is not None

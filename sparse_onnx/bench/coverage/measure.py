@@ -35,7 +35,7 @@ _TWO_AXES = (
     (2, 12, "one"),
     (3, 9, "padded"),
 )
-_ONE_AXIS = tuple((size, "random") for size in (1, 4, 8, 13, 33)) + ((3, "one"), (10, "one"))
+_ONE_AXIS = (*((size, "random") for size in (1, 4, 8, 13, 33)), (3, "one"), (10, "one"))
 _SEED = 1000
 
 

@@ -72,7 +72,7 @@ def _read(file: Path | None) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(file.read_text())
         document["results"].items()
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"no results of an earlier run: {error}", where=str(file)) from error
     return {**document, "tool": tool}
 

@@ -1,0 +1,35 @@
+"""A guard that fails at a few small sizes of one axis is compared there; any other is a reason to refuse."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from sparse_onnx.export import guards, samples  # noqa: E402
+
+TEXT = samples.interface_of(
+    {"ids": torch.zeros(2, 2, dtype=torch.int64)}, {"ids": {0: "batch", 1: "sequence"}}
+)
+
+
+def isolated(code: str) -> list[dict[str, int]]:
+    code = code.replace("B", "L['ids'].size()[0]").replace("S", "L['ids'].size()[1]")
+    return guards.isolated(guards._compile(code, TEXT), TEXT)
+
+
+def test_the_sizes_to_compare_on() -> None:
+    assert isolated("-1 + S != 1") == [{"batch": 1, "sequence": 2}, {"batch": 3, "sequence": 2}]
+    assert {sizes["sequence"] for sizes in isolated("(3 + S) // 4 != 1")} == {1, 2, 3, 4}
+    assert {sizes["batch"] for sizes in isolated("B != 1")} == {1}
+
+
+@pytest.mark.parametrize(
+    "code", ["S <= 9", "S != 40", "B*S != 14", "S % 2 == 0", "B == S", "(127 + S) // 128 != 1"]
+)
+def test_any_other_guard(code: str) -> None:
+    assert isolated(code) == []
+
+
+def test_a_guard_that_always_holds() -> None:
+    assert isolated("S >= 1") == []
