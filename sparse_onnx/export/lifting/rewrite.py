@@ -41,7 +41,9 @@ def rewritten(function: types.FunctionType, runtime: Any) -> types.FunctionType:
     """
     tree, name = _parsed(function)
     try:
-        tree = normal_form.Normaliser(tree).run()
+        for node in reversed(list(ast.walk(tree))):
+            if isinstance(node, ast.FunctionDef) and not _is_generator(node):
+                normal_form.Normaliser(node).run()
     except normal_form.TooLong:
         raise NoSource("its control flow is too long") from None
     tree = _Rewriter(function.__code__.co_filename, _lines(function)).function(tree)
@@ -80,7 +82,7 @@ def _parsed(function: types.FunctionType) -> tuple[ast.FunctionDef, str]:
     if not isinstance(found, ast.FunctionDef) or found.name != function.__code__.co_name:
         raise NoSource("it is no plain function" if found is not None else "its source is not available")
     own = list(normal_form.own(found.body))
-    if any(isinstance(node, (ast.Yield, ast.YieldFrom, ast.Await)) for node in own):
+    if _is_generator(found):
         raise NoSource("it is a generator")
     if any(isinstance(node, ast.Global) for node in own):
         raise NoSource("it assigns to globals")
@@ -94,6 +96,11 @@ def _parsed(function: types.FunctionType) -> tuple[ast.FunctionDef, str]:
     found.args.defaults = [nothing for _ in found.args.defaults]
     found.args.kw_defaults = [default and nothing for default in found.args.kw_defaults]
     return found, _mangled(found, function)
+
+
+def _is_generator(function: ast.FunctionDef) -> bool:
+    kinds = (ast.Yield, ast.YieldFrom, ast.Await)
+    return any(isinstance(node, kinds) for node in normal_form.own(function.body))
 
 
 def _mangled(found: ast.FunctionDef, function: types.FunctionType) -> str:
@@ -110,7 +117,7 @@ def _mangled(found: ast.FunctionDef, function: types.FunctionType) -> str:
             node.attr = private(node.attr)
         elif isinstance(node, ast.Name):
             node.id = private(node.id)
-        elif isinstance(node, ast.arg) or (isinstance(node, ast.keyword) and node.arg):
+        elif isinstance(node, (ast.arg, ast.keyword)) and node.arg:
             node.arg = private(node.arg)
     return found.name
 
@@ -202,9 +209,8 @@ class _Rewriter(ast.NodeTransformer):
             for name in names
         ]
         turn = [side, ast.Expr(self._method(branch, "leave", _locals())), *values]
-        made = self._ask(
-            "branch", test, place, _locals(), ast.Constant(tuple(names)), ast.Constant(read_later)
-        )
+        about: list[Any] = [tuple(names), read_later]
+        made = self._ask("branch", test, place, _locals(), *map(ast.Constant, about))
         return _located(
             [
                 ast.Assign([ast.Name(branch, ast.Store())], made),
@@ -315,7 +321,7 @@ class _Rewriter(ast.NodeTransformer):
     def _place(self, node: ast.AST) -> ast.expr:
         line = getattr(node, "lineno", 0)
         text = self.lines[line - 1].strip() if 0 < line <= len(self.lines) else ""
-        return ast.Constant((self.filename, line, text))
+        return ast.Constant((self.filename, line, text))  # type: ignore[arg-type]
 
     def _ask(self, what: str, *args: ast.expr) -> ast.expr:
         called = ast.Call(
