@@ -36,6 +36,9 @@ RIGHT = [
     modules.SortedHits,
     modules.OneHotHits,
     modules.MultiHotCounts,
+    modules.Decorated,
+    modules.LeavesLoops,
+    modules.DropsBeyond,
 ]
 #: And a part of the line that is named.
 REFUSED = [
@@ -52,6 +55,7 @@ REFUSED = [
     (modules.PicksNumber, "scale = 2 if"),
     (modules.TriesFirst, "if not mask.any()"),
     (modules.PaddedHits, "for number in torch.unique"),
+    (modules.SetOfHits, "for number in set("),
 ]
 
 

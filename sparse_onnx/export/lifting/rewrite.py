@@ -69,6 +69,7 @@ def rewritten(function: types.FunctionType, runtime: Any) -> types.FunctionType:
     )
     new.__defaults__, new.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     new.__qualname__, new.__module__ = function.__qualname__, function.__module__
+    new.__dict__.update(function.__dict__)  # a decorator's `__wrapped__` tells the signature
     return new
 
 

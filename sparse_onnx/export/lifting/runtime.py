@@ -16,6 +16,10 @@ from sparse_onnx.export.lifting.values import Count, Negated, Place, SomeItems, 
 _USE_TENSORS = "use tensor operations there, or write an adapter (--adapter)"
 
 
+#: A loop that is left from inside, in another such loop, doubles what is traced with each turn.
+_MOST_BRANCHES = 2000
+
+
 class Runtime:
     """One trace of one module. Its methods are what rewritten code asks for, and are not for others."""
 
@@ -24,6 +28,7 @@ class Runtime:
         self.open: list[Lifted] = []
         self.notes: list[str] = []
         self._present: Any = True
+        self._branches = 0
         self._watched: list[tuple[Place, int, int]] = []
         self._functions = functions.Functions(self)
 
@@ -97,6 +102,9 @@ class Runtime:
             value = value.items
         truth = not isinstance(value, Negated)
         condition = self._condition(value if truth else value.items, place)
+        self._branches += 1
+        if self._branches > _MOST_BRANCHES:
+            raise refuse(place, f"is one of more than {_MOST_BRANCHES} branches of one trace", _USE_TENSORS)
         return Lifted(self, condition, place, values, names, read_later, truth)
 
     def _condition(self, value: Any, place: Place) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -141,22 +142,15 @@ def _zip_like(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: 
 
 def _sorted(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
     if args and isinstance(args[0], hits.Numbers) and not kwargs:
-        numbers = args[0]
-        return (
-            numbers
-            if plain is sorted and _is_unique(numbers)
-            else hits.Numbers(torch.unique(numbers.tensor), place)
-        )
+        return dataclasses.replace(
+            args[0], ordered=True
+        )  # a list keeps its order: `hits` takes ascending ones only
     return plain(*args, **kwargs)
-
-
-def _is_unique(numbers: hits.Numbers) -> bool:
-    return numbers.tensor.dim() == 1
 
 
 def _set(runtime: Runtime, place: Place, plain: Any, *args: Any) -> Any:
     if args and isinstance(args[0], hits.Numbers):
-        return hits.Numbers(torch.unique(args[0].tensor), place)
+        return hits.Numbers(torch.unique(args[0].tensor), place, ordered=False)
     return plain(*args)
 
 
