@@ -279,6 +279,22 @@ class _Rewriter(ast.NodeTransformer):
         self.generic_visit(node)
         return self._ask("negated", node.operand) if isinstance(node.op, ast.Not) else node
 
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        place = self._place(node)
+        self.generic_visit(node)
+        if isinstance(node.op, (ast.FloorDiv, ast.Mod)):
+            what = "quotient" if isinstance(node.op, ast.FloorDiv) else "remainder"
+            return self._ask(what, node.left, node.right, place)
+        return node
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.stmt:
+        place = self._place(node)
+        self.generic_visit(node)
+        if isinstance(node.op, (ast.FloorDiv, ast.Mod)) and isinstance(node.target, ast.Name):
+            target = ast.Name(node.target.id, ast.Load())
+            node.value = self._ask("divisor", target, node.value, place)
+        return ast.fix_missing_locations(node)
+
     def visit_Compare(self, node: ast.Compare) -> ast.expr:
         place = self._place(node)
         self.generic_visit(node)

@@ -172,6 +172,29 @@ class Runtime:
             return torch.logical_not(value)
         return value == 0 if isinstance(value, torch.SymInt) else torch.sym_not(value)
 
+    def quotient(self, left: Any, right: Any, place: Place) -> Any:
+        """`left // right`."""
+        self.no_float_sizes(left, right, place)
+        return left // right
+
+    def remainder(self, left: Any, right: Any, place: Place) -> Any:
+        """`left % right`."""
+        self.no_float_sizes(left, right, place)
+        return left % right
+
+    def divisor(self, left: Any, right: Any, place: Place) -> Any:
+        """The right side of `left //= right`."""
+        self.no_float_sizes(left, right, place)
+        return right
+
+    def no_float_sizes(self, left: Any, right: Any, place: Place) -> None:
+        """torch rounds a quotient of a symbolic size and a float otherwise than Python."""
+        sizes = any(isinstance(each, Sym) for each in (left, right))
+        if sizes and any(isinstance(each, (float, torch.SymFloat)) for each in (left, right)):
+            raise refuse(
+                place, "divides a size by a float without remainder", "use math.floor(a / b), or integers"
+            )
+
     def contains(self, container: Any, item: Any, place: Place) -> Any:
         """`item in container`."""
         if isinstance(container, Tensor) and self._depends(container):
