@@ -166,7 +166,7 @@ class _Part:
     def finish(self, results: list[Tensor], written: list[fx.Node]) -> Any:
         ends = [self._end(result) for result in results]
         self.operands = self.reads([*ends, *written])
-        operands, targets, nodes, own = self.operands, self.targets, self.side.nodes, self.own
+        operands, nodes = self.operands, self.side.nodes
 
         def build(order: list[fx.Node], root: Any) -> fx.GraphModule:
             graph = fx.Graph()
@@ -192,7 +192,6 @@ class _Part:
             graph.lint()
             return fx.GraphModule(root, graph)
 
-        del targets, own
         return build
 
     def _end(self, result: Tensor) -> fx.Node:
