@@ -208,8 +208,8 @@ def _run_half(source: Source, path: Path, plan: list[samples.Run]) -> str:
         expected = leaves(source.forward(run.inputs))[0].float().numpy()
         try:
             actual = sessions.run(session, {name: value.numpy() for name, value in run.inputs.items()})[0]
-        except OutsideError as error:
-            return f"the float16 file itself was not run: {error.message}"
+        except OutsideError as failure:
+            return f"the float16 file itself was not run: {failure.message}"
         per_token = np.abs(actual.astype(np.float32) - expected).reshape(-1, expected.shape[-1]).max(axis=1)
         errors.append(per_token / max(float(np.abs(expected).max()), 1e-30))
     error = np.concatenate(errors)

@@ -83,6 +83,8 @@ def _round(value: Any, digits: Any = None) -> Any:
 #: Translations by Python function.
 TABLE: dict[Any, Callable[..., Any]] = {
     **{function: _arithmetic(name) for function, name in {**_INTEGERS, **_COMPARED}.items()},
+    torch.sym_max: _arithmetic("Max"),
+    torch.sym_min: _arithmetic("Min"),
     operator.ne: _differs,
     operator.truediv: _quotient,
     math.trunc: _rounded(""),
@@ -91,6 +93,36 @@ TABLE: dict[Any, Callable[..., Any]] = {
     round: _round,
     torch.sym_float: _double,
 }
+
+
+def refuse_others(module: torch.nn.Module, *, rewritten: bool) -> None:
+    """What is not in the table would be computed in single precision. And torch takes `tokens // 1.1` for
+    `floor(tokens / 1.1)`, which is 10 and not 9 for 11 tokens: in a trace of code that was not rewritten, one
+    may be the other.
+
+    Raises:
+        ImpossibleError: a program computes a float size by another function.
+    """
+    for each in module.modules():
+        for node in each.graph.nodes if isinstance(each, torch.fx.GraphModule) else ():
+            values = [node.meta.get("val"), *(source.meta.get("val") for source in node.all_input_nodes)]
+            ours = (
+                node.op != "call_function"
+                or isinstance(node.target, torch._ops.OpOverload)
+                or node.target in TABLE
+            )
+            if (
+                node.target is math.floor
+                and not rewritten
+                and any(isinstance(v, torch.SymFloat) for v in values)
+            ):
+                ours = False
+            if not ours and any(isinstance(value, torch.SymFloat) for value in values):
+                name = getattr(node.target, "__name__", str(node.target))
+                raise ImpossibleError(
+                    f"the model computes a number by Python's {name} of floats, which ONNX would round otherwise",
+                    "use tensor operations there",
+                )
 
 
 def retype(model: ir.Model) -> None:

@@ -81,12 +81,14 @@ def trace(source: Source, found: list[experts.Experts], opset: int, *, lift: boo
             return dataclasses.replace(traced, lifted=tuple(dict.fromkeys([*ran, *other])))
         if lift:
             with lifting.lifted(source.module) as lifted:
-                traced = _trace_module(source, inputs, shapes, opset)
+                traced = _trace_module(source, inputs, shapes, opset, rewritten=True)
             return dataclasses.replace(traced, notes=tuple(lifted.notes))
         return _trace_module(source, inputs, shapes, opset)
 
 
-def _trace_module(source: Source, inputs: dict[str, Tensor], shapes: dict[str, Any], opset: int) -> Traced:
+def _trace_module(
+    source: Source, inputs: dict[str, Tensor], shapes: dict[str, Any], opset: int, *, rewritten: bool = False
+) -> Traced:
     with torch.no_grad():
         program = torch.export.export(source.module, (), inputs, dynamic_shapes=shapes, strict=False)
     runnable, assumptions = _runnable(program, source.interface), guards.guards_of(program, source.interface)
@@ -95,6 +97,7 @@ def _trace_module(source: Source, inputs: dict[str, Tensor], shapes: dict[str, A
     # With gradients torch traces each branch of a condition once more, and stumbles over sizes made in it.
     with torch.no_grad():
         program_fixes.apply(program.graph_module)
+        python_numbers.refuse_others(program.graph_module, rewritten=rewritten)
         model = translate.to_onnx(
             program,
             opset=opset,

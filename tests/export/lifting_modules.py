@@ -367,3 +367,68 @@ class PaddedHits(Routed):
         for number in torch.unique((x * 2).long()):
             x = x + number
         return x
+
+
+class SetOfHits(Routed):
+    """A set of numbers has no order, and each turn writes over what the one before wrote."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, index = torch.zeros_like(x), self.index(x)
+        for number in set(index.flatten().tolist()):
+            out[index >= number] = self.experts[number](x[index >= number])
+        return out
+
+
+class Decorated(Routed):
+    """A decorator, a private method, a keyword argument, `elif`."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number, mask in enumerate(self.masks(x)):
+            self.__add(out=out, mask=mask, number=number, x=x)
+        return out
+
+    def __add(self, out: Tensor, mask: Tensor, number: int, x: Tensor) -> None:
+        if self.training:
+            raise RuntimeError("not now")
+        elif not mask.any():
+            pass
+        else:
+            out[mask] += self.experts[number](x[mask])
+
+
+class LeavesLoops(Routed):
+    """Loops in loops, left by `break`, `continue` and `return`, of tensors and of Python's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for turn in range(4):
+            if turn == 3:
+                break
+            for expert in self.experts:
+                if turn == 1:
+                    continue
+                x = torch.tanh(expert(x))
+                if turn == 2 and expert is self.experts[1]:
+                    break
+            else:
+                x = x + self.bias
+            if x.mean() > 0.05:
+                return x * 2
+        return x
+
+
+class DropsBeyond(Routed):
+    """Tokens beyond a capacity, which `max` and `min` bound, in a `while` of Python's numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        capacity = min(max(int(1.1 * len(tokens) / EXPERTS), 2), tokens.shape[0])
+        out, number = tokens.clone(), 0
+        while number < EXPERTS:
+            row = (self.index(tokens) == number).nonzero(as_tuple=True)[0]
+            if row.shape[0] > capacity:
+                row = row[:capacity]
+            out[row] = self.experts[number](tokens[row])
+            number += 1
+        return out.view(x.shape)

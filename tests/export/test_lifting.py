@@ -22,20 +22,25 @@ AXES = {"x": {0: "batch", 1: "sequence"}}
 
 RIGHT = [
     modules.AddsBias,
-    modules.ElseSide,
-    modules.OtherMask,
     modules.Breaks,
     modules.WritesMaskBetween,
     modules.WritesMaskBefore,
+    modules.Raises,
+    modules.Closure,
+    modules.OneHotHits,
+    modules.MultiHotCounts,
+    modules.Decorated,
+    modules.DropsBeyond,
+]
+MORE = [
+    modules.ElseSide,
+    modules.OtherMask,
     modules.RebindsMask,
     modules.SecondCondition,
     modules.AtLeastTwo,
     modules.SignedSum,
-    modules.Raises,
-    modules.Closure,
     modules.SortedHits,
-    modules.OneHotHits,
-    modules.MultiHotCounts,
+    modules.LeavesLoops,
 ]
 #: And a part of the line that is named.
 REFUSED = [
@@ -52,6 +57,7 @@ REFUSED = [
     (modules.PicksNumber, "scale = 2 if"),
     (modules.TriesFirst, "if not mask.any()"),
     (modules.PaddedHits, "for number in torch.unique"),
+    (modules.SetOfHits, "for number in set("),
 ]
 
 
@@ -76,6 +82,12 @@ def test_lifted_rightly(kind: type, tmp_path: Path) -> None:
         with torch.no_grad():
             expected = module(x).numpy()
         np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MORE, ids=lambda kind: kind.__name__)
+def test_more_is_lifted_rightly(kind: type, tmp_path: Path) -> None:
+    test_lifted_rightly(kind, tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "line"), REFUSED, ids=lambda value: getattr(value, "__name__", ""))
@@ -127,7 +139,7 @@ def test_the_module_is_left_as_it_was() -> None:
 
 
 def test_outside_of_a_trace_rewritten_code_is_the_code() -> None:
-    for kind in RIGHT:
+    for kind in (*RIGHT, *MORE):
         module = kind().eval()
         for x in inputs():
             with torch.no_grad():

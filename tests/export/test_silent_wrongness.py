@@ -20,6 +20,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import sparse_onnx  # noqa: E402
 from sparse_onnx.bench.coverage.modules import MODULES  # noqa: E402
+from sparse_onnx.core.errors import ImpossibleError  # noqa: E402
 from sparse_onnx.export import translate  # noqa: E402
 
 #: Above any rounding.
@@ -169,6 +170,16 @@ class Rounded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x[: math.ceil(x.shape[0] * 1.1 / 4)]
+
+
+class FlooredFloat(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[: int(x.shape[0] // 1.1) + 1]
+
+
+def test_a_float_function_without_a_double_translation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImpossibleError, match=r"`return x\[: int\(x.shape\[0\] // 1.1\) \+ 1\]`"):
+        sparse_onnx.export((FlooredFloat(), torch.randn(7, 3), {"x": {0: "tokens"}}), tmp_path / "out.onnx")
 
 
 def test_sizes_are_rounded_as_python_rounds_them(tmp_path: Path) -> None:

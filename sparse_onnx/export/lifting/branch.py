@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export.lifting import conditional, effects, graph_edits, state
 from sparse_onnx.export.lifting.facts import Facts
 from sparse_onnx.export.lifting.program import Program, storage, tracing, writes
@@ -228,9 +227,6 @@ class Lifted:
                 added = range(before, list.__len__(holder))
                 holder.missing += [(position, condition, skipped.truth) for position in added]
         return values
-
-    def error(self, reason: str) -> ImpossibleError:
-        return refuse(self.place, reason, "use tensor operations there, or write an adapter (--adapter)")
 
 
 def _as_fact(condition: Any) -> Any:

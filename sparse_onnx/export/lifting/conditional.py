@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from sparse_onnx.export.lifting import graph_edits
-from sparse_onnx.export.lifting.program import Sym, name_of, storage, tracing, value_of, writes
+from sparse_onnx.export.lifting.program import Sym, expression, name_of, storage, tracing, value_of, writes
 from sparse_onnx.export.lifting.values import SomeItems, Undefined
 
 if TYPE_CHECKING:
@@ -166,12 +166,17 @@ class _Part:
     def finish(self, results: list[Tensor], written: list[fx.Node]) -> Any:
         ends = [self._end(result) for result in results]
         self.operands = self.reads([*ends, *written])
-        operands, targets, nodes, own = self.operands, self.targets, self.side.nodes, self.own
+        operands, nodes = self.operands, self.side.nodes
 
         def build(order: list[fx.Node], root: Any) -> fx.GraphModule:
             graph = fx.Graph()
             made: dict[fx.Node, fx.Node] = {}
+            sizes: dict[Any, fx.Node] = {}
             for position, node in enumerate(order):
+                same = sizes.setdefault(key, node) if (key := _size_of(node)) is not None else node
+                if same is not node:
+                    made[node] = made[same]
+                    continue
                 made[node] = graph.placeholder(f"operand_{position}")
                 made[node].meta = dict(node.meta)
             for node in written:
@@ -187,13 +192,17 @@ class _Part:
             graph.lint()
             return fx.GraphModule(root, graph)
 
-        del targets, own
         return build
 
     def _end(self, result: Tensor) -> fx.Node:
         node = graph_edits.node_of(result)
         assert node is not None
         return self._root(node)
+
+
+def _size_of(node: fx.Node) -> Any:
+    """The formula of a size: torch merges equal ones, and a condition's operands have to differ."""
+    return expression(node) if isinstance(value_of(node), torch.SymInt) else None
 
 
 def _random(node: fx.Node) -> bool:
@@ -217,6 +226,8 @@ def _condition(
     predicate = _predicate(branch.condition)
     order = list(dict.fromkeys(node for part in parts for node in part.operands))
     graphs = [build(order, tracer.root) for build in builds]
+    sizes = {key: node for node in reversed(order) if (key := _size_of(node)) is not None}
+    order = [node for node in order if sizes.get(_size_of(node), node) is node]
     _discard(branch)
     for kind, graph in zip(("true", "false"), graphs, strict=True):
         number = 0

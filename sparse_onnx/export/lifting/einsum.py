@@ -32,7 +32,7 @@ def kept(equation: Any, *operands: Any) -> Tensor | None:
     if shape is None or any(node is None for node in nodes) or len({each.dtype for each in operands}) != 1:
         return None
     tracer, first = tracing().tracer, operands[0]
-    proxies = [fx.Proxy(node, tracer) for node in nodes]
+    proxies = [fx.Proxy(node, tracer) for node in nodes if node is not None]
     made = tracer.create_proxy("call_function", torch.ops.aten.einsum.default, (equation, proxies), {})
     with proxy_tensor.disable_proxy_modes_tracing(), first.fake_mode:
         result = torch.empty(shape, dtype=first.dtype, device=first.device)

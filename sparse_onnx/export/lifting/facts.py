@@ -51,7 +51,9 @@ class Facts(Known):
         if depth > DEPTH or not self.program.current(node):
             return
         name, source = name_of(node), node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or not self.program.unchanged_since(source, node):
+        if not isinstance(source, fx.Node):
+            return
+        if not self.program.unchanged_since(source, node) and not self._marks(node):
             return
         follow = depth + 1
         if name in REDUCTIONS:

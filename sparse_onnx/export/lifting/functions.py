@@ -73,6 +73,7 @@ class Functions:
         closure = tuple(cells.get(name, kept[name]) for name in made.__code__.co_freevars)
         new = types.FunctionType(made.__code__, function.__globals__, made.__name__, None, closure)
         new.__defaults__, new.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+        new.__dict__.update(function.__dict__)
         return new
 
 

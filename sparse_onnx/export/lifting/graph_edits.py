@@ -68,7 +68,6 @@ def readable(node: fx.Node) -> Tensor:
 def discard(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
     """Takes back what these nodes do to tensors from before them. The rest of them is dead code."""
     nodes = list(nodes)
-    chosen = set(nodes)
     targets = {node: targets[0] for node in nodes if (targets := writes(node))}
     for node in reversed(nodes):
         if node in targets:
@@ -78,7 +77,6 @@ def discard(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
             graph.erase_node(node)
         elif node.is_impure() and not node.users and node.op == "call_function":
             graph.erase_node(node)
-    del chosen
 
 
 def _first(targets: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:

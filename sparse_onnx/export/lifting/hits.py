@@ -26,10 +26,12 @@ _HINT = "loop over all experts, range(number of experts), or write an adapter (-
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-    """`tensor.tolist()` of a length that depends on tensors: good for looping over it."""
+    """`tensor.tolist()` of a length that depends on tensors: good for looping over it. A set has no order to rely
+    on."""
 
     tensor: Tensor
     place: Place
+    ordered: bool = True
 
     def _refused(self, *args: Any) -> Any:
         raise refuse(self.place, "makes a Python list of a length that depends on tensor values", _HINT)
@@ -52,6 +54,8 @@ def of(items: Any, runtime: Runtime, place: Place | None) -> Iterator[tuple[Any,
     tensor = items.tensor if isinstance(items, Numbers) else items
     if isinstance(tensor, Numbers) or not isinstance(tensor, Tensor) or tracing() is None or not tensor.dim():
         return None
+    if isinstance(items, Numbers) and not items.ordered:
+        raise refuse(place, "loops over a set of tensor values, in no certain order", "use sorted(...)")
     length = tensor.shape[0]
     if isinstance(length, torch.SymInt) and not data_dependent(length):
         raise refuse(place, "loops in Python over a dynamic axis", "use tensor operations, or make it static")
@@ -102,7 +106,8 @@ def _found(program: Program, node: fx.Node) -> _Hits | None:
         mask = value_of(source)
         if mask.dim() == 1 and isinstance(mask.shape[0], int) and program.unchanged_since(source, node):
             return _Hits(source, mask.shape[0], True)
-    if name == "aten::_unique2" or name == "aten::unique_dim":
+    ascending = len(node.args) < 2 or node.args[1] is not False
+    if name == "aten::_unique2" and ascending:
         count = bound(program, source)
         if count is not None and program.unchanged_since(source, node):
             return _Hits(source, count, False)
@@ -115,14 +120,10 @@ def _earlier(node: fx.Node) -> fx.Node | None:
     if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
         several, index = args
         if isinstance(several, fx.Node) and index == 0:
-            if name_of(several) in ("aten::unbind", "aten::split"):
-                return several.args[0] if _is_column(several.args[0]) else None  # type: ignore[return-value]
-            if name_of(several) in (
-                "aten::_unique2",
-                "aten::unique_dim",
-                "aten::nonzero_numpy",
-                "aten::where",
-            ):
+            if name_of(several) == "aten::unbind":
+                column = _is_column(several.args[0]) and several.args[1:] in ((1,), (-1,))
+                return several.args[0] if column else None  # type: ignore[return-value]
+            if name_of(several) in ("aten::_unique2", "aten::nonzero_numpy", "aten::where"):
                 return several
         return None
     source = args[0] if args else None

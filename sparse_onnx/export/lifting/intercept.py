@@ -95,7 +95,8 @@ class Calls(TorchFunctionMode):
             if isinstance(each, SomeItems) and each.place is not None:
                 raise each._error()
         if func in _NUMBERS and args and (constant := _constant(args[0])) is not None:
-            return _NUMBERS[func](constant)
+            number: Any = _NUMBERS[func]
+            return number(constant)
         if func is Tensor.__getitem__ or func is Tensor.__setitem__:
             args = (args[0], _plain(args[1]), *args[2:])
         if func is torch.functional.einsum and (made := einsum.kept(*args)) is not None:

@@ -120,7 +120,7 @@ class Known:
             constant = self.program.constant(right)
             if constant is not None and constant.numel() == 1 and not constant.is_floating_point():
                 number = int(constant)
-        if number is not None and float(number).is_integer():
+        if number is not None and float(number).is_integer() and isinstance(left, fx.Node):
             same = value_of(left).dim() == value_of(node).dim()
             return [(left, at if same else ALL, int(number))] if same or not at else []
         for index, classes in ((left, right), (right, left)):
@@ -256,7 +256,11 @@ class Known:
             zero = self.program.unchanged_since(mask, made) and self.zero(mask)
         elif name_of(made) in ("aten::item", "aten::_local_scalar_dense"):
             source = made.args[0]
-            zero = self.program.unchanged_since(source, made) and self.zero(source)
+            zero = (
+                isinstance(source, fx.Node)
+                and self.program.unchanged_since(source, made)
+                and self.zero(source)
+            )
         elif name_of(made) == "aten::slice":
             zero = self._slices_nothing(made, depth + 1)
         if zero:

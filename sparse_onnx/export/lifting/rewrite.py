@@ -41,7 +41,9 @@ def rewritten(function: types.FunctionType, runtime: Any) -> types.FunctionType:
     """
     tree, name = _parsed(function)
     try:
-        tree = normal_form.Normaliser(tree).run()
+        for node in reversed(list(ast.walk(tree))):
+            if isinstance(node, ast.FunctionDef) and not _is_generator(node):
+                normal_form.Normaliser(node).run()
     except normal_form.TooLong:
         raise NoSource("its control flow is too long") from None
     tree = _Rewriter(function.__code__.co_filename, _lines(function)).function(tree)
@@ -67,6 +69,7 @@ def rewritten(function: types.FunctionType, runtime: Any) -> types.FunctionType:
     )
     new.__defaults__, new.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     new.__qualname__, new.__module__ = function.__qualname__, function.__module__
+    new.__dict__.update(function.__dict__)  # a decorator's `__wrapped__` tells the signature
     return new
 
 
@@ -80,7 +83,7 @@ def _parsed(function: types.FunctionType) -> tuple[ast.FunctionDef, str]:
     if not isinstance(found, ast.FunctionDef) or found.name != function.__code__.co_name:
         raise NoSource("it is no plain function" if found is not None else "its source is not available")
     own = list(normal_form.own(found.body))
-    if any(isinstance(node, (ast.Yield, ast.YieldFrom, ast.Await)) for node in own):
+    if _is_generator(found):
         raise NoSource("it is a generator")
     if any(isinstance(node, ast.Global) for node in own):
         raise NoSource("it assigns to globals")
@@ -94,6 +97,11 @@ def _parsed(function: types.FunctionType) -> tuple[ast.FunctionDef, str]:
     found.args.defaults = [nothing for _ in found.args.defaults]
     found.args.kw_defaults = [default and nothing for default in found.args.kw_defaults]
     return found, _mangled(found, function)
+
+
+def _is_generator(function: ast.FunctionDef) -> bool:
+    kinds = (ast.Yield, ast.YieldFrom, ast.Await)
+    return any(isinstance(node, kinds) for node in normal_form.own(function.body))
 
 
 def _mangled(found: ast.FunctionDef, function: types.FunctionType) -> str:
@@ -110,7 +118,7 @@ def _mangled(found: ast.FunctionDef, function: types.FunctionType) -> str:
             node.attr = private(node.attr)
         elif isinstance(node, ast.Name):
             node.id = private(node.id)
-        elif isinstance(node, ast.arg) or (isinstance(node, ast.keyword) and node.arg):
+        elif isinstance(node, (ast.arg, ast.keyword)) and node.arg:
             node.arg = private(node.arg)
     return found.name
 
@@ -202,9 +210,8 @@ class _Rewriter(ast.NodeTransformer):
             for name in names
         ]
         turn = [side, ast.Expr(self._method(branch, "leave", _locals())), *values]
-        made = self._ask(
-            "branch", test, place, _locals(), ast.Constant(tuple(names)), ast.Constant(read_later)
-        )
+        about: list[Any] = [tuple(names), read_later]
+        made = self._ask("branch", test, place, _locals(), *map(ast.Constant, about))
         return _located(
             [
                 ast.Assign([ast.Name(branch, ast.Store())], made),
@@ -272,6 +279,22 @@ class _Rewriter(ast.NodeTransformer):
         self.generic_visit(node)
         return self._ask("negated", node.operand) if isinstance(node.op, ast.Not) else node
 
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        place = self._place(node)
+        self.generic_visit(node)
+        if isinstance(node.op, (ast.FloorDiv, ast.Mod)):
+            what = "quotient" if isinstance(node.op, ast.FloorDiv) else "remainder"
+            return self._ask(what, node.left, node.right, place)
+        return node
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.stmt:
+        place = self._place(node)
+        self.generic_visit(node)
+        if isinstance(node.op, (ast.FloorDiv, ast.Mod)) and isinstance(node.target, ast.Name):
+            target = ast.Name(node.target.id, ast.Load())
+            node.value = self._ask("divisor", target, node.value, place)
+        return ast.fix_missing_locations(node)
+
     def visit_Compare(self, node: ast.Compare) -> ast.expr:
         place = self._place(node)
         self.generic_visit(node)
@@ -315,7 +338,7 @@ class _Rewriter(ast.NodeTransformer):
     def _place(self, node: ast.AST) -> ast.expr:
         line = getattr(node, "lineno", 0)
         text = self.lines[line - 1].strip() if 0 < line <= len(self.lines) else ""
-        return ast.Constant((self.filename, line, text))
+        return ast.Constant((self.filename, line, text))  # type: ignore[arg-type]
 
     def _ask(self, what: str, *args: ast.expr) -> ast.expr:
         called = ast.Call(

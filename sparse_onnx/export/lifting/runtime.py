@@ -16,6 +16,10 @@ from sparse_onnx.export.lifting.values import Count, Negated, Place, SomeItems, 
 _USE_TENSORS = "use tensor operations there, or write an adapter (--adapter)"
 
 
+#: A loop that is left from inside, in another such loop, doubles what is traced with each turn.
+_MOST_BRANCHES = 2000
+
+
 class Runtime:
     """One trace of one module. Its methods are what rewritten code asks for, and are not for others."""
 
@@ -24,6 +28,7 @@ class Runtime:
         self.open: list[Lifted] = []
         self.notes: list[str] = []
         self._present: Any = True
+        self._branches = 0
         self._watched: list[tuple[Place, int, int]] = []
         self._functions = functions.Functions(self)
 
@@ -97,6 +102,9 @@ class Runtime:
             value = value.items
         truth = not isinstance(value, Negated)
         condition = self._condition(value if truth else value.items, place)
+        self._branches += 1
+        if self._branches > _MOST_BRANCHES:
+            raise refuse(place, f"is one of more than {_MOST_BRANCHES} branches of one trace", _USE_TENSORS)
         return Lifted(self, condition, place, values, names, read_later, truth)
 
     def _condition(self, value: Any, place: Place) -> Any:
@@ -163,6 +171,29 @@ class Runtime:
         if isinstance(value, Tensor):
             return torch.logical_not(value)
         return value == 0 if isinstance(value, torch.SymInt) else torch.sym_not(value)
+
+    def quotient(self, left: Any, right: Any, place: Place) -> Any:
+        """`left // right`."""
+        self.no_float_sizes(left, right, place)
+        return left // right
+
+    def remainder(self, left: Any, right: Any, place: Place) -> Any:
+        """`left % right`."""
+        self.no_float_sizes(left, right, place)
+        return left % right
+
+    def divisor(self, left: Any, right: Any, place: Place) -> Any:
+        """The right side of `left //= right`."""
+        self.no_float_sizes(left, right, place)
+        return right
+
+    def no_float_sizes(self, left: Any, right: Any, place: Place) -> None:
+        """torch rounds a quotient of a symbolic size and a float otherwise than Python."""
+        sizes = any(isinstance(each, Sym) for each in (left, right))
+        if sizes and any(isinstance(each, (float, torch.SymFloat)) for each in (left, right)):
+            raise refuse(
+                place, "divides a size by a float without remainder", "use math.floor(a / b), or integers"
+            )
 
     def contains(self, container: Any, item: Any, place: Place) -> Any:
         """`item in container`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -30,12 +31,12 @@ def find(function: Any, runtime: Runtime, place: Place) -> Callable[..., Any] | 
         made = _OF_TENSORS[function.__name__]
         return lambda *args, **kwargs: made(runtime, place, function, owner, *args, **kwargs)
     try:
-        made = _FUNCTIONS.get(function)
+        known = _FUNCTIONS.get(function)
     except TypeError:  # not hashable
         return None
-    if made is None:
+    if known is None:
         return None
-    return lambda *args, **kwargs: made(runtime, place, function, *args, **kwargs)
+    return lambda *args, **kwargs: known(runtime, place, function, *args, **kwargs)
 
 
 def _depends(runtime: Runtime, value: Any) -> bool:
@@ -43,7 +44,7 @@ def _depends(runtime: Runtime, value: Any) -> bool:
 
 
 def _int(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
-    value = args[0] if len(args) == 1 and not kwargs else None
+    value: Any = args[0] if len(args) == 1 and not kwargs else None
     if isinstance(value, torch.SymFloat):
         return math.trunc(value)
     if isinstance(value, torch.SymInt):
@@ -58,7 +59,7 @@ def _int(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) 
 
 
 def _float(runtime: Runtime, place: Place, plain: Any, *args: Any) -> Any:
-    value = args[0] if len(args) == 1 else None
+    value: Any = args[0] if len(args) == 1 else None
     if isinstance(value, _SYMBOLIC):
         return torch.sym_float(value)
     return _item(runtime, place, None, value.double()) if _depends(runtime, value) else plain(*args)
@@ -115,16 +116,18 @@ def _one_hot(runtime: Runtime, place: Place, plain: Any, tensor: Any, num_classe
         num_classes = _item(runtime, place, None, num_classes.long())
     if not isinstance(num_classes, torch.SymInt):
         return plain(tensor, num_classes)
-    classes = torch.arange(num_classes, device=tensor.device, dtype=tensor.dtype)
+    count: Any = num_classes
+    classes = torch.arange(count, device=tensor.device, dtype=tensor.dtype)
     return (tensor.unsqueeze(-1) == classes).to(torch.int64)
 
 
 def _tensor(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
     """`torch.tensor(capacity)`."""
-    value = args[0] if args else None
+    value: Any = args[0] if args else None
     if isinstance(value, _SYMBOLIC) and not set(kwargs) - {"dtype", "device"}:
         default = torch.int64 if isinstance(value, torch.SymInt) else torch.get_default_dtype()
-        return torch.scalar_tensor(value, dtype=kwargs.get("dtype") or default, device=kwargs.get("device"))
+        number: Any = value
+        return torch.scalar_tensor(number, dtype=kwargs.get("dtype") or default, device=kwargs.get("device"))
     return plain(*args, **kwargs)
 
 
@@ -139,22 +142,15 @@ def _zip_like(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: 
 
 def _sorted(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
     if args and isinstance(args[0], hits.Numbers) and not kwargs:
-        numbers = args[0]
-        return (
-            numbers
-            if plain is sorted and _is_unique(numbers)
-            else hits.Numbers(torch.unique(numbers.tensor), place)
-        )
+        return dataclasses.replace(
+            args[0], ordered=True
+        )  # a list keeps its order: `hits` takes ascending ones only
     return plain(*args, **kwargs)
-
-
-def _is_unique(numbers: hits.Numbers) -> bool:
-    return numbers.tensor.dim() == 1
 
 
 def _set(runtime: Runtime, place: Place, plain: Any, *args: Any) -> Any:
     if args and isinstance(args[0], hits.Numbers):
-        return hits.Numbers(torch.unique(args[0].tensor), place)
+        return hits.Numbers(torch.unique(args[0].tensor), place, ordered=False)
     return plain(*args)
 
 

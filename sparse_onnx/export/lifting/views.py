@@ -118,8 +118,8 @@ def _single(node: fx.Node, at: Mapping[int, int]) -> tuple[fx.Node, dict[int, in
     plain = all(isinstance(each, int) for each in (dim, start, end)) and len(node.args) <= 4
     if not plain or not isinstance(source, fx.Node) or not 0 <= start == end - 1:  # type: ignore[operator]
         return None
-    dim = int(dim) % value_of(source).dim()  # type: ignore[call-overload]
-    return source, {**{d: i for d, i in at.items() if d != dim}, dim: int(start)}  # type: ignore[call-overload]
+    dim = int(dim) % value_of(source).dim()  # type: ignore[call-overload, arg-type]
+    return source, {**{d: i for d, i in at.items() if d != dim}, dim: int(start)}  # type: ignore[call-overload, arg-type]
 
 
 def _selected(at: Mapping[int, int], dim: int, index: int, before: Tensor) -> dict[int, int]:
@@ -149,7 +149,7 @@ def _constant_index(
 def _unsqueezed(node: fx.Node, at: Mapping[int, int]) -> dict[int, int]:
     before, dims = value_of(node.args[0]), node.args[1] if len(node.args) > 1 else None
     listed = range(before.dim()) if dims is None else dims if isinstance(dims, (list, tuple)) else [dims]
-    gone = {int(d) % before.dim() for d in listed}  # type: ignore[call-overload]
+    gone = {int(d) % before.dim() for d in listed}  # type: ignore[call-overload, arg-type]
     gone = {d for d in gone if isinstance(before.shape[d], int) and before.shape[d] == 1}
     kept = [d for d in range(before.dim()) if d not in gone]
     return {kept[d]: i for d, i in at.items()}
@@ -162,7 +162,7 @@ def _order(node: fx.Node) -> list[int] | None:
     if name in ("aten::t", "aten::numpy_T"):
         return list(reversed(range(rank)))
     if name in ("aten::transpose", "aten::swapaxes"):
-        first, second = (int(d) % rank for d in node.args[1:3])  # type: ignore[call-overload]
+        first, second = (int(d) % rank for d in node.args[1:3])  # type: ignore[call-overload, arg-type]
         order = list(range(rank))
         order[first], order[second] = second, first
         return order

@@ -41,7 +41,7 @@ class SwitchFeedForward(nn.Module):
         for i in range(self.n_experts):
             final_output[indexes_list[i], :] = expert_output[i]
         if dropped:
-            dropped = torch.cat(dropped)
+            dropped = torch.cat(dropped)  # type: ignore[assignment]
             final_output[dropped, :] = x[dropped, :]
         if self.is_scale_prob:
             final_output = final_output * route_prob_max.view(-1, 1)

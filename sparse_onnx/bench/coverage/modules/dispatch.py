@@ -72,7 +72,7 @@ class DeepSeekMoEInfer(nn.Module):
         tokens_per_expert = cnts.sum(dim=0)
         idxs = topk_ids.view(-1).argsort()
         sorted_tokens = x[idxs // topk_ids.shape[1]]
-        tokens_per_expert = tokens_per_expert.cpu().numpy()
+        tokens_per_expert = tokens_per_expert.cpu().numpy()  # type: ignore[assignment]
         outputs = []
         start_idx = 0
         for i, num_tokens in enumerate(tokens_per_expert):
