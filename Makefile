@@ -43,6 +43,7 @@ bench: $(READY) ## the measurements of docs/benchmarks.md; for the peers: .venv/
 	$(BIN)/python -m sparse_onnx.bench.quality
 	$(BIN)/python -m sparse_onnx.bench.resident
 	$(BIN)/python -m sparse_onnx.bench.startup
+	$(BIN)/python -m sparse_onnx.bench.export_cost
 
 clean: ## remove what was built, .venv too
 	rm -rf $(VENV) build dist out *.egg-info
