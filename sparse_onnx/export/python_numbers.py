@@ -64,6 +64,10 @@ def _differs(left: Any, right: Any) -> Any:
     return _op.Not(_arithmetic("Equal")(left, right))
 
 
+def _negative(value: Any) -> Any:
+    return _op.Neg(value if isinstance(value, ir.Value) else _double(value))
+
+
 def _rounded(name: str) -> Callable[[Any], Any]:
     def translate(value: Any) -> Any:
         if not _is_float(value):
@@ -86,6 +90,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     torch.sym_max: _arithmetic("Max"),
     torch.sym_min: _arithmetic("Min"),
     operator.ne: _differs,
+    operator.neg: _negative,
     operator.truediv: _quotient,
     math.trunc: _rounded(""),
     math.ceil: _rounded("Ceil"),
