@@ -200,14 +200,14 @@ def _default_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One comparison: how the report calls it, what goes in, and which of the inputs mask out padding; `asserted`:
-    whether the assumptions of the trace hold for it."""
+    """One comparison: how the report calls it, what goes in, and which of the inputs mask out padding; an
+    `assumption` of the trace that does not hold for it."""
 
     name: str
     inputs: dict[str, Tensor]
     sizes: Mapping[str, int]
     masks: frozenset[str] = frozenset()
-    asserted: bool = True
+    assumption: str = ""
 
 
 _LONG = 150
