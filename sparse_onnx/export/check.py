@@ -16,10 +16,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from sparse_onnx.core.errors import ImpossibleError
+from sparse_onnx.core.errors import ImpossibleError, OutsideError
 from sparse_onnx.core.report import VerifyRecord
 from sparse_onnx.export.experts import Experts
 from sparse_onnx.export.failure import first_line
+from sparse_onnx.export.guards import written
 from sparse_onnx.export.samples import Run
 from sparse_onnx.export.sources import Source, leaves, users_code
 from sparse_onnx.graph import io
@@ -107,10 +108,13 @@ def compare(
             progress(f"comparing with torch on {run.name}")
         with _recorded(found) as chosen, users_code(source.name):
             expected = [_array(value) for value in leaves(source.forward(run.inputs))]
-        if program is not None and run.asserted:
+        if program is not None and not run.assumption:
             _run_program(program, run)
         feeds = {name: _array(value) for name, value in run.inputs.items()}
-        actual = answer(feeds)
+        try:
+            actual = answer(feeds)
+        except OutsideError as error:
+            raise (_wrong_there(run) if run.assumption else error) from error
         if failure is None and not any(np.isfinite(value).any() for value in expected):
             failure = f"input {run.name}: torch itself answers without any finite value, so that nothing is compared"
         worst = _worst(run, expected, actual, tolerance)
@@ -128,6 +132,8 @@ def compare(
                 left_out += int(tied.sum()) * routed // batch
             elif reason:
                 worst = dataclasses.replace(worst, reason=reason)
+        if not worst.within and run.assumption:
+            raise _wrong_there(run)
         if not worst.within and failure is None:
             failure = f"input {run.name}: {worst.reason}"
         total = total.worse(worst)
@@ -143,6 +149,13 @@ def compare(
         router_margin=float(margin) if np.isfinite(margin) else None,
         tokens_left_out=left_out,
         failure=failure,
+    )
+
+
+def _wrong_there(run: Run) -> ImpossibleError:
+    return ImpossibleError(
+        f"the trace is right only where {run.assumption}, and the model also takes {written(run.sizes)}",
+        "compute the size with tensor operations instead of Python, or make that axis static",
     )
 
 

@@ -55,7 +55,11 @@ def plan(
     if long and interface.symbols:
         kept.append(samples.long(interface))
     kept.append(samples.given(interface))
-    return [dataclasses.replace(run, asserted=guards.allowed(every, run.sizes)) for run in kept], notes
+    return [dataclasses.replace(run, assumption=_broken(every, run.sizes)) for run in kept], notes
+
+
+def _broken(assumptions: Sequence[guards.Guard], sizes: guards.Sizes) -> str:
+    return next((guard.text for guard in assumptions if not guard.holds(sizes)), "")
 
 
 def _others(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -116,6 +116,8 @@ class Interface:
     """The inputs of a model, in the order of its forward."""
 
     inputs: Mapping[str, Spec]
+    cached: ClassVar[bool] = False
+    """Whether a key/value cache is among them."""
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -238,14 +240,14 @@ def _default_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One comparison: how the report calls it, what goes in, and which of the inputs mask out padding; `asserted`:
-    whether the assumptions of the trace hold for it."""
+    """One comparison: how the report calls it, what goes in, and which of the inputs mask out padding; an
+    `assumption` of the trace that does not hold for it."""
 
     name: str
     inputs: dict[str, Tensor]
     sizes: Mapping[str, int]
     masks: frozenset[str] = frozenset()
-    asserted: bool = True
+    assumption: str = ""
 
     def kept(self, output: int, shape: tuple[int, ...]) -> np.ndarray:
         """Which leading entries of an output of this shape are no padding."""

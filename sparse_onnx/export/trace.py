@@ -123,7 +123,7 @@ def _trace_transformers(
         utils.patch_model_outputs(wanted) as (input_names, output_names, _),
         utils.apply_patches("onnx"),
         patches.replaced(source.module) as other,
-        patches.own_windows(),
+        contextlib.nullcontext() if source.interface.cached else patches.own_windows(),
         # It would make position ids, computed from the sample, a further input; the model computes its own.
         utils.patch_attribute(utils, "precompute_export_inputs", lambda _: lambda model, inputs: None),
     ):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch")
 
+import sparse_onnx  # noqa: E402
+from sparse_onnx.core.errors import ImpossibleError  # noqa: E402
 from sparse_onnx.export import guards, samples  # noqa: E402
 
 TEXT = samples.interface_of(
@@ -33,3 +37,22 @@ def test_any_other_guard(code: str) -> None:
 
 def test_a_guard_that_always_holds() -> None:
     assert isolated("S >= 1") == []
+
+
+class Branches(torch.nn.Module):
+    """Answers otherwise for one length, or only seems to."""
+
+    def __init__(self, otherwise: float) -> None:
+        super().__init__()
+        self.otherwise = otherwise
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.otherwise if x.shape[0] == 3 else x * 2.0
+
+
+def test_a_length_with_an_answer_of_its_own_is_refused(tmp_path: Path) -> None:
+    x = (torch.randn(5, 4),)
+    with pytest.raises(ImpossibleError, match="right only where batch != 3"):
+        sparse_onnx.export((Branches(7.0), x, {"x": {0: "batch"}}), tmp_path / "out.onnx")
+    report = sparse_onnx.export((Branches(2.0), x, {"x": {0: "batch"}}), tmp_path / "out.onnx")
+    assert report.verify is not None and report.verify.passed and "3" in report.verify.inputs

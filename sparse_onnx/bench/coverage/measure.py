@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -175,12 +176,12 @@ def _own_rounding(source: Source, run: Run) -> float:
 
 def sparse_layers(source: Source) -> int:
     """Modules with the weights of several experts that take part: by their class's name, as transformers names them.
-    Those of a model's vision half have no part in text."""
+    Those of a model's vision half have no part in text, and shared experts are dense."""
     ran: set[str] = set()
     handles = [
         module.register_forward_hook(lambda *_, path=path: ran.add(path))
         for path, module in source.module.named_modules()
-        if type(module).__name__.endswith(("Experts", "SparseMLP"))
+        if re.search("(?<!Shared)Experts$|SparseMLP$", type(module).__name__)
     ]
     try:
         source.forward(untraced(source.interface)[1].inputs)

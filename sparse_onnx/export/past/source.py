@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ _MAX_BYTES = 1 << 30
 class PastInterface(Interface):
     """Inputs by their ONNX names. The attention mask is `past_sequence + sequence` long; positions follow from it."""
 
+    cached: ClassVar[bool] = True
     thresholds: tuple[int, ...] = ()
     longest: int | None = None
 
