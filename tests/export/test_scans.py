@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 import looping  # noqa: E402
 import onnxruntime  # noqa: E402
 
-from sparse_onnx.export import scans, substitution, translate  # noqa: E402
+from sparse_onnx.export import scan_source, scans, substitution, translate  # noqa: E402
 
 
 class Layer(torch.nn.Module):
@@ -30,8 +30,8 @@ def rewritten(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     code = scans._rewritten(function)
     if code is None:
         return None
-    names = {**function.__globals__, **scans._HELPERS, scans._SCAN: lambda *args: scans.scan([], *args)}
-    names[scans._PADDING] = lambda *args: scans.padding([], *args)
+    names = {**function.__globals__, **scans._HELPERS, scan_source.SCAN: lambda *args: scans.scan([], *args)}
+    names[scan_source.PADDING] = lambda *args: scans.padding([], *args)
     return types.FunctionType(code, names, function.__name__, function.__defaults__)
 
 
@@ -111,4 +111,4 @@ def test_functions_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     before = function.__code__
     with scans.lifted(modeling.Model()) as ran:
         assert function.__code__ is not before and ran == []
-    assert function.__code__ is before and scans._SCAN not in function.__globals__
+    assert function.__code__ is before and scan_source.SCAN not in function.__globals__
