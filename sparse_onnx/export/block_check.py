@@ -15,7 +15,7 @@ from torch import Tensor
 from sparse_onnx import blocks
 from sparse_onnx.core.errors import VerificationError
 from sparse_onnx.export import experts
-from sparse_onnx.export.sources import users_code
+from sparse_onnx.export.users import users_code
 from sparse_onnx.graph import io
 from sparse_onnx.graph.external import read_array
 

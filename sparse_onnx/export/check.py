@@ -22,7 +22,8 @@ from sparse_onnx.export.experts import Experts
 from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.guards import written
 from sparse_onnx.export.samples import Run
-from sparse_onnx.export.sources import Source, leaves, users_code
+from sparse_onnx.export.sources import Source, leaves
+from sparse_onnx.export.users import users_code
 from sparse_onnx.graph import io
 from sparse_onnx.targets import session as sessions
 from sparse_onnx.verify.compare import Difference, difference

@@ -115,7 +115,7 @@ def limits(
         ImpossibleError: the module accepts a size up to 4096 for which a guard fails.
     """
     symbols, notes = interface.symbols, []
-    runs = _remembered(runs)
+    runs = remembered(runs)
     grid = list(_grid(symbols))
     for guard in guards:
         failing = [sizes for sizes in (*grid, *_near(guard, symbols)) if not guard.holds(sizes)]
@@ -170,7 +170,8 @@ def written(sizes: Sizes) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 
-def _remembered(runs: Callable[[Sizes], bool]) -> Callable[[Sizes], bool]:
+def remembered(runs: Callable[[Sizes], bool]) -> Callable[[Sizes], bool]:
+    """The same, asked once for each size."""
     known = functools.cache(lambda items: runs(dict(items)))
     return lambda sizes: known(tuple(sizes.items()))
 

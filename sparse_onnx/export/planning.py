@@ -31,18 +31,25 @@ def plan(
     """
     interface = source.interface
     everything = samples.untraced(interface)
-    special = {guard.text: sizes for guard in assumptions if (sizes := guards.isolated(guard, interface))}
+    runs = guards.remembered(lambda sizes: _runs(source, sizes))
+    special = {
+        guard.text: taken
+        for guard in assumptions
+        if (taken := [sizes for sizes in guards.isolated(guard, interface) if runs(sizes)])
+    }
     every, assumptions = assumptions, [guard for guard in assumptions if guard.text not in special]
-    notes = guards.limits(
-        assumptions, interface, lambda sizes: _runs(source, sizes), [run.sizes for run in everything]
-    )
+    notes = guards.limits(assumptions, interface, runs, [run.sizes for run in everything])
     notes += [
         f"input '{name}' was compared with one value only, the sample's {int(spec.example.flatten()[0])}: "
         "the sample shows no range to draw from"
         for name, spec in interface.inputs.items()
         if spec.constant
     ]
-    kept = [run for run in everything if guards.allowed(assumptions, run.sizes)]
+    kept = [
+        run
+        for run in everything
+        if guards.allowed(assumptions, run.sizes) and (guards.allowed(every, run.sizes) or runs(run.sizes))
+    ]
     if len(kept) < _LEAST_RUNS:
         more, few = _others(source, assumptions, kept)
         kept, notes = kept + more, notes + few
@@ -50,7 +57,7 @@ def plan(
     kept += [
         samples.drawn(interface, sizes, "random", 200 + seed)
         for seed, sizes in enumerate(alone.values())
-        if guards.allowed(assumptions, sizes) and _runs(source, sizes)
+        if guards.allowed(assumptions, sizes)
     ]
     if long and interface.symbols:
         kept.append(samples.long(interface))

@@ -27,7 +27,8 @@ from sparse_onnx.export import (
 )
 from sparse_onnx.export.failure import root_line
 from sparse_onnx.export.samples import Interface
-from sparse_onnx.export.sources import Source, leaves, place_of
+from sparse_onnx.export.sources import Source, leaves
+from sparse_onnx.export.users import place_of
 
 _FIXED_AXIS = re.compile(
     r"You marked L\['(?P<name>\w+)'\]\.size\(\)\[(?P<axis>\d+)\] as dynamic "

@@ -71,7 +71,7 @@ def test_every_command_has_help_and_is_listed() -> None:
 
 def test_export_says_that_it_runs_code() -> None:
     text = " ".join(CliRunner().invoke(main, ["export", "--help"]).stdout.split())
-    assert "FILE.py:NAME and package.module:NAME RUN THE USER'S CODE" in text
+    assert "FILE.py:NAME and package.module:NAME, as SOURCE and as --adapter, RUN THE USER'S CODE" in text
 
 
 @pytest.mark.parametrize(

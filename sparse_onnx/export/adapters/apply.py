@@ -15,7 +15,8 @@ from sparse_onnx.export.adapters import compare
 from sparse_onnx.export.adapters.packed import PackedExperts
 from sparse_onnx.export.adapters.registry import built_in, remark
 from sparse_onnx.export.failure import root_line
-from sparse_onnx.export.sources import Source, users_code
+from sparse_onnx.export.sources import Source
+from sparse_onnx.export.users import users_code
 
 Adapter = Callable[[nn.Module], nn.Module | None]
 """Gives for a module another that computes the same from the same weights, in a form that exports whole; or None."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_onnx.core.errors import UsageError
-from sparse_onnx.export import sources
+from sparse_onnx.export import sources, users
 from sparse_onnx.export.adapters.apply import Named
 
 CONTRACT = "an adapter is a function that takes a torch module and gives another one, or None"
@@ -41,13 +41,13 @@ def _named(adapter: Any, source: Any) -> Named:
     if match is None:
         raise UsageError("an adapter is named FILE.py:NAME", CONTRACT, where=text)
     place, name = match["place"], match["name"]
-    key = sources.module_key(Path(place))
+    key = users.module_key(Path(place))
     if place.endswith(".py") and key in sys.modules and _file(source) == Path(place).resolve():
         found = getattr(sys.modules[key], name, None)
         if found is None:
             raise UsageError(f"it has no '{name}'", CONTRACT, where=place)
     else:
-        found = sources.imported(place, name, CONTRACT, "the adapter")
+        found = users.imported(place, name, CONTRACT, "the adapter")
     _check(found, text)
     return Named(text, found)
 

@@ -331,11 +331,8 @@ def _covers(known: At, asked: At) -> bool:
 
 
 def negated(formula: Any) -> Any:
-    return (
-        sympy.Not(formula)
-        if isinstance(formula, (sympy.logic.boolalg.Boolean, bool))
-        else sympy.Eq(formula, 0)
-    )
+    is_truth = isinstance(formula, (sympy.logic.boolalg.Boolean, bool))
+    return sympy.Not(formula) if is_truth else sympy.Eq(formula, 0)
 
 
 def number_of(value: Any) -> float | None:

@@ -15,7 +15,7 @@ from sparse_onnx.core.report import VerifyRecord
 from sparse_onnx.export import check
 from sparse_onnx.export.experts import Experts
 from sparse_onnx.export.past.source import PastSource
-from sparse_onnx.export.sources import users_code
+from sparse_onnx.export.users import users_code
 from sparse_onnx.targets import session as sessions
 from sparse_onnx.verify.compare import Difference, difference
 

@@ -1,0 +1,254 @@
+"""The nodes of a function's source in the form that `rewrite` gives them."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from typing import Any
+
+from sparse_onnx.export.lifting import normal_form
+
+RUNTIME = "__sparse"
+#: Read their caller's frame, which must stay the user's own.
+_FRAME_READERS = frozenset({"super", "locals", "globals", "vars", "dir", "eval", "exec"})
+
+
+class Rewriter(ast.NodeTransformer):
+    """Puts a function's branches, loops and calls into the runtime's hands; `rewrite` says how."""
+
+    def __init__(self, filename: str, lines: list[str]) -> None:
+        self.filename, self.lines = filename, lines
+        self.numbers = itertools.count()
+        self.branched: set[str] = set()
+        self.loads: dict[str, list[ast.AST]] = {}
+
+    def function(self, tree: ast.FunctionDef) -> ast.FunctionDef:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                self.loads.setdefault(node.id, []).append(node)
+            if isinstance(node, ast.If) and not normal_form.escapes([*node.body, *node.orelse]):
+                self.branched |= normal_form.bound([*node.body, *node.orelse])
+            elif isinstance(node, ast.For):
+                self.branched |= normal_form.bound(node.body)
+        tree.body = self._block(tree.body)
+        return tree
+
+    def _block(self, body: list[ast.stmt]) -> list[ast.stmt]:
+        done: list[ast.stmt] = []
+        for stmt in body:
+            new = self.visit(stmt)
+            done += new if isinstance(new, list) else [new]
+        return done
+
+    def visit_If(self, node: ast.If) -> ast.stmt | list[ast.stmt]:
+        if getattr(node, "binds_names", False):
+            return node
+        place, inside = self._place(node), [*node.body, *node.orelse]
+        names = self._names(inside)
+        test = self.visit(node.test)
+        whole = not normal_form.escapes(inside) and not any(
+            isinstance(n, ast.Return) for n in normal_form.own(inside)
+        )
+        node.body, node.orelse = self._block(node.body), self._block(node.orelse)
+        if not whole:
+            node.test = self._ask("concrete", test, place)
+            return node
+        return self._branch(node, test, place, names)
+
+    def _names(self, inside: list[ast.stmt]) -> tuple[list[str], frozenset[str]]:
+        """Names that statements bind, and those of them that are read somewhere else, or before."""
+        names = normal_form.bound(inside)
+        own = {id(node) for stmt in inside for node in ast.walk(stmt)}
+        read = {name for name in names if any(id(node) not in own for node in self.loads.get(name, ()))}
+        for stmt in inside:
+            for node in ast.walk(stmt):
+                if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+                    read.add(node.target.id)
+        return sorted(names), frozenset(read)
+
+    def _branch(
+        self, node: ast.stmt, test: ast.expr, place: ast.expr, bound: tuple[list[str], frozenset[str]]
+    ) -> list[ast.stmt]:
+        names, read_later = bound
+        assert isinstance(node, ast.If)
+        branch = f"__sparse_branch_{next(self.numbers)}"
+        read = ast.Name(branch, ast.Load())
+        side = ast.If(ast.Attribute(read, "side", ast.Load()), node.body, node.orelse)
+        values: list[ast.stmt] = [
+            ast.Assign([ast.Name(name, ast.Store())], self._method(branch, "value", ast.Constant(name)))
+            for name in names
+        ]
+        turn = [side, ast.Expr(self._method(branch, "leave", _locals())), *values]
+        about: list[Any] = [tuple(names), read_later]
+        made = self._ask("branch", test, place, _locals(), *map(ast.Constant, about))
+        return _located(
+            [
+                ast.Assign([ast.Name(branch, ast.Store())], made),
+                ast.While(self._method(branch, "more"), turn, []),
+            ],
+            node,
+        )
+
+    def visit_For(self, node: ast.For) -> ast.stmt:
+        place, names = self._place(node), self._names(node.body)
+        escaping = normal_form.escapes(node.body) or any(
+            isinstance(each, ast.Return) for each in normal_form.own(node.body)
+        )
+        ours = isinstance(node.iter, ast.Name) and node.iter.id.startswith("__sparse_items")
+        iterable = node.iter if ours else self.visit(node.iter)
+        node.target = self.visit(node.target)
+        body = self._block(node.body)
+        node.orelse = self._block(node.orelse)
+        if ours or escaping:
+            node.iter = iterable if ours else self._ask("plainly", iterable, place)
+            node.body = body
+            return node
+        node.iter = self._ask("iterate", iterable, place)
+        present = ast.copy_location(ast.If(ast.Constant(True), body, []), node)
+        node.body = self._branch(present, self._ask("present"), place, names)
+        return node
+
+    def visit_While(self, node: ast.While) -> ast.stmt:
+        node.test = self._ask("concrete", self.visit(node.test), self._place(node))
+        node.body, node.orelse = self._block(node.body), self._block(node.orelse)
+        return node
+
+    def visit_Assert(self, node: ast.Assert) -> ast.stmt:
+        place = self._place(node)
+        holds = self._ask("asserted", self.visit(node.test), place)
+        message = [self.visit(node.msg)] if node.msg else []
+        error = ast.Raise(ast.Call(ast.Name("AssertionError", ast.Load()), message, []), None)
+        return _located([ast.If(ast.UnaryOp(ast.Not(), holds), [error], [])], node)[0]
+
+    def visit_Raise(self, node: ast.Raise) -> ast.stmt:
+        self.generic_visit(node)
+        goes_on = self._ask("refuses", self._place(node))
+        return _located([ast.If(ast.UnaryOp(ast.Not(), goes_on), [node], [])], node)[0]
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        place = self._place(node)
+        self.generic_visit(node)
+        if _binds(node):
+            node.test = self._ask("concrete", node.test, place)
+            return node
+        return self._ask("select", node.test, _thunk(node.body), _thunk(node.orelse), place)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
+        place = self._place(node)
+        self.generic_visit(node)
+        if _binds(node):
+            node.values = [self._ask("concrete", value, place) for value in node.values[:-1]] + node.values[
+                -1:
+            ]
+            return node
+        what = "both" if isinstance(node.op, ast.And) else "either"
+        return self._ask(what, place, *[_thunk(value) for value in node.values])
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
+        self.generic_visit(node)
+        return self._ask("negated", node.operand) if isinstance(node.op, ast.Not) else node
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        place = self._place(node)
+        self.generic_visit(node)
+        if isinstance(node.op, (ast.FloorDiv, ast.Mod)):
+            what = "quotient" if isinstance(node.op, ast.FloorDiv) else "remainder"
+            return self._ask(what, node.left, node.right, place)
+        return node
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.stmt:
+        place = self._place(node)
+        self.generic_visit(node)
+        if isinstance(node.op, (ast.FloorDiv, ast.Mod)) and isinstance(node.target, ast.Name):
+            target = ast.Name(node.target.id, ast.Load())
+            node.value = self._ask("divisor", target, node.value, place)
+        return ast.fix_missing_locations(node)
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        place = self._place(node)
+        self.generic_visit(node)
+        if len(node.ops) == 1 and isinstance(node.ops[0], (ast.In, ast.NotIn)):
+            found = self._ask("contains", node.comparators[0], node.left, place)
+            return found if isinstance(node.ops[0], ast.In) else self._ask("negated", found)
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        known = node.func.id if isinstance(node.func, ast.Name) else ""
+        if known.startswith("__sparse") and isinstance(node.func, ast.Name):
+            return node
+        if isinstance(node.func, ast.Attribute) and _is_runtime(node.func.value):
+            node.args = [self.visit(arg) for arg in node.args]
+            return node
+        place = self._place(node)
+        self.generic_visit(node)
+        if known not in _FRAME_READERS:
+            node.func = self._ask("call", node.func, place)
+        return node
+
+    def visit_List(self, node: ast.List) -> ast.expr:
+        self.generic_visit(node)
+        return self._ask("list", node) if isinstance(node.ctx, ast.Load) and not node.elts else node
+
+    def visit_comprehension(self, node: ast.comprehension) -> ast.comprehension:
+        place = self._place(node.iter)
+        self.generic_visit(node)
+        node.iter = self._ask("plainly", node.iter, place)
+        node.ifs = [self._ask("concrete", test, place) for test in node.ifs]
+        return node
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if isinstance(node.ctx, ast.Load) and node.id in self.branched and not node.id.startswith("__sparse"):
+            return ast.copy_location(self._ask("read", node), node)
+        return node
+
+    def visit_Delete(self, node: ast.Delete) -> ast.stmt:
+        return node
+
+    def _place(self, node: ast.AST) -> ast.expr:
+        line = getattr(node, "lineno", 0)
+        text = self.lines[line - 1].strip() if 0 < line <= len(self.lines) else ""
+        return ast.Constant((self.filename, line, text))  # type: ignore[arg-type]
+
+    def _ask(self, what: str, *args: ast.expr) -> ast.expr:
+        called = ast.Call(
+            ast.Attribute(ast.Name(RUNTIME, ast.Load()), what, ast.Load()), list(args), keywords=[]
+        )
+        for arg in args:
+            if hasattr(arg, "lineno"):
+                return _placed(called, arg)
+        return called
+
+    def _method(self, name: str, what: str, *args: ast.expr) -> ast.expr:
+        return ast.Call(ast.Attribute(ast.Name(name, ast.Load()), what, ast.Load()), list(args), keywords=[])
+
+
+def _is_runtime(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == RUNTIME
+
+
+def _binds(node: ast.AST) -> bool:
+    return any(isinstance(each, (ast.NamedExpr, ast.Await)) for each in ast.walk(node))
+
+
+def _thunk(value: ast.expr) -> ast.expr:
+    arguments = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
+    return _placed(ast.Lambda(arguments, value), value)
+
+
+def _locals() -> ast.expr:
+    return ast.Call(ast.Name("locals", ast.Load()), [], [])
+
+
+def _placed(new: ast.expr, old: ast.AST) -> ast.expr:
+    for node in ast.walk(new):
+        if "lineno" in node._attributes and not hasattr(node, "lineno"):
+            ast.copy_location(node, old)
+    return new
+
+
+def _located(new: list[Any], old: ast.AST) -> list[Any]:
+    for stmt in new:
+        for node in ast.walk(stmt):
+            if "lineno" in node._attributes and not hasattr(node, "lineno"):
+                ast.copy_location(node, old)
+    return new
