@@ -209,10 +209,14 @@ class _Body:
         """Names that are assigned outside the loop too before each read there, as far as lines tell."""
         found = set[str]()
         for name in (*self.assigned, self.index):
-            reads = [n.lineno for n in ast.walk(definition) if _is_name(n, name) and not _stored(n)]
+            uses = [n for n in ast.walk(definition) if isinstance(n, ast.Name) and n.id == name]
+            reads = [n.lineno for n in uses if not _stored(n)]
             behind = [line for line in reads if line > (loop.end_lineno or loop.lineno)]
-            stores = [n.lineno for n in ast.walk(definition) if _is_name(n, name) and _stored(n)]
-            again = [line for line in stores if line > (loop.end_lineno or loop.lineno)]
+            again = [
+                line
+                for line in (n.lineno for n in uses if _stored(n))
+                if line > (loop.end_lineno or loop.lineno)
+            ]
             if not behind or (again and min(again) <= min(behind)):
                 found.add(name)
         return found

@@ -52,13 +52,13 @@ def transformers_onnx(made: Made, path: Path) -> Exported:
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     source, inputs, shapes = _sample(made)
+    model: Any = source.module
     try:
-        exported = OnnxExporter().export(
-            source.module, dict(inputs), OnnxConfig(dynamic=True, dynamic_shapes=shapes)
-        )
+        exported = OnnxExporter().export(model, dict(inputs), OnnxConfig(dynamic=True, dynamic_shapes=shapes))
     except Exception:  # torch's export errors share no base class
         source, inputs, _ = _sample(made)
-        exported = OnnxExporter().export(source.module, dict(inputs), OnnxConfig(dynamic=True))
+        model = source.module
+        exported = OnnxExporter().export(model, dict(inputs), OnnxConfig(dynamic=True))
     ir.save(exported.program, str(path), external_data=f"{path.name}.data")
     return Exported(path)
 

@@ -84,16 +84,16 @@ def _judged(made: Made, exported: exporters.Exported) -> Cell:
     worst = rounding = 0.0
     for run in untraced(source.interface):
         try:
-            error, reason = _compared(source, session, run)
+            distance, reason = _compared(source, session, run)
         except Exception as failure:
             return dataclasses.replace(cell, outcome=FAILED, reason=f"at {run.name}: {_one_line(failure)}")
-        if not error <= EXACT:
+        if not distance <= EXACT:
             rounding = max(rounding, _own_rounding(source, run))
-        if not error <= max(EXACT, min(_ROUNDING * rounding, _MOST)):
+        if not distance <= max(EXACT, min(_ROUNDING * rounding, _MOST)):
             return dataclasses.replace(
-                cell, outcome=WRONG, reason=f"at {run.name}: {reason}", error=_finite(error)
+                cell, outcome=WRONG, reason=f"at {run.name}: {reason}", error=_finite(distance)
             )
-        worst = max(worst, error)
+        worst = max(worst, distance)
     whole = exported.blocks > 0 and exported.blocks >= layers
     reason = "" if whole else "; ".join(_about_blocks(exported))
     return dataclasses.replace(

@@ -83,8 +83,10 @@ def run(
     notes = [*source.notes, *pipeline.about(found)]
     say("tracing")
     with placed(source.module) as table:
-        with_past = isinstance(source, past.PastSource)
-        traced = (past.trace_with_past if with_past else trace.trace)(source, found, opset)
+        if isinstance(source, past.PastSource):
+            traced = past.trace_with_past(source, found, opset)
+        else:
+            traced = trace.trace(source, found, opset)
     attached = attach(traced.model, table)
     if isinstance(traced.program, nn.Module):
         with_weights(traced.program, table)
