@@ -17,11 +17,12 @@ from sparse_onnx.bench.coverage import cases as every_case
 from sparse_onnx.bench.coverage import exporters, run, table
 from sparse_onnx.core.errors import SparseOnnxError
 
+_USUAL = ("torch", "transformers", "ours")
 _TEXT = """# Which models can be exported
 
 Made by `{command}` with {versions}.
 
-Each model is tiny and has random weights under which routing matters. Each exporter traces the same sample and
+Each {rows} is tiny and has random weights under which routing matters. Each exporter traces the same sample and
 declares the same axes dynamic, without a key/value cache; its file runs in ONNX Runtime on seven inputs of sizes
 that were not traced (one token, other batches, longer, all ids alike, padded), and is compared with torch. Exact
 means: within 1e-5 of the largest magnitude of a row, in float32, or within four times the distance of torch's own
@@ -55,7 +56,7 @@ def main(
     memory: float,
     again: bool,
 ) -> None:
-    columns = [name for name in exporters.EXPORTERS if not chosen or name in chosen]
+    columns = [name for name in exporters.EXPORTERS if name in (chosen or _USUAL)]
     try:
         known = {case.name for case in every_case.load(cases)}
         unknown = sorted(set(names) - known)
@@ -87,10 +88,11 @@ def main(
     command = " ".join(
         [
             "python -m sparse_onnx.bench.coverage",
-            *([] if cases == every_case.ARCHITECTURES else ["--cases", cases]),
+            *([] if cases == every_case.ARCHITECTURES else ["--cases", cases, "--rows", rows]),
+            *(() if set(measured) == set(_USUAL) else (f"--exporter {name}" for name in measured)),
         ]
     )
-    docs.write_text(_TEXT.format(command=command, versions=versions, legend=table.legend()) + text)
+    docs.write_text(_TEXT.format(rows=rows, command=command, versions=versions, legend=table.legend()) + text)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,16 @@ def architectures() -> list[Case]:
     return [Case(each.name, each.model_class, maker(each)) for each in registry.architectures()]
 
 
+def modules() -> list[Case]:
+    """Hand-written modules, as tutorials and papers' repositories write them."""
+    from sparse_onnx.bench.coverage.modules import MODULES
+
+    def maker(name: str) -> Callable[[Path], Made]:
+        return lambda folder: Made(MODULES[name]())
+
+    return [Case(name, type(MODULES[name]()[0]).__name__, maker(name)) for name in MODULES]
+
+
 def load(place: str) -> list[Case]:
     """The cases that ``package.module:FUNCTION`` gives.
 

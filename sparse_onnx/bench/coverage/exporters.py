@@ -1,6 +1,6 @@
 """The exporters that are compared, each called as its own documentation shows.
 
-All trace the same sample of the same model, of sizes that differ from each other and from 1, with the same axes
+`legacy` is measured only where it is asked for. All trace the same sample of the same model, of sizes that differ from each other and from 1, with the same axes
 declared dynamic, without a key/value cache.
 """
 
@@ -63,7 +63,27 @@ def transformers_onnx(made: Made, path: Path) -> Exported:
     return Exported(path)
 
 
+def legacy_onnx(made: Made, path: Path) -> Exported:
+    """``torch.onnx.export(model, args, dynamic_axes=..., dynamo=False)``, the exporter by tracing that most tutorials
+    use still."""
+    import torch
+
+    source, inputs, _ = _sample(made)
+    axes = {name: dict(spec.axes) for name, spec in source.interface.inputs.items()}
+    with torch.no_grad():
+        torch.onnx.export(
+            source.module,
+            tuple(inputs.values()),
+            str(path),
+            input_names=list(inputs),
+            dynamic_axes=axes,
+            dynamo=False,
+        )
+    return Exported(path)
+
+
 EXPORTERS: dict[str, Callable[[Made, Path], Exported]] = {
+    "legacy": legacy_onnx,
     "torch": torch_onnx,
     "transformers": transformers_onnx,
     "ours": ours,

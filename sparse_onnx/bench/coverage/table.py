@@ -9,6 +9,7 @@ from typing import Any
 from sparse_onnx.bench.coverage.measure import BLOCK, FAILED, FALLBACK, OUTCOMES, REFUSED, WRONG
 
 _HEADINGS = {
+    "legacy": "torch.onnx.export, dynamo=False",
     "torch": "torch.onnx.export",
     "transformers": "transformers' OnnxExporter",
     "ours": "sparse-onnx",
