@@ -23,10 +23,10 @@ demo: $(READY) ## export, optimize, verify and measure two real models, with the
 	$(BIN)/python -m sparse_onnx.bench.demo
 
 test: $(READY) ## the tests (below 15 minutes on 2 cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 test-all: $(READY) ## the tests and the slow sweeps
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m 'not gpu'
 
 lint: $(READY) ## ruff, rules and format
 	$(BIN)/ruff check .
