@@ -188,7 +188,7 @@ def sparse_layers(source: Source) -> int:
     finally:
         for handle in handles:
             handle.remove()
-    return len(ran)
+    return sum(not any(path.startswith(f"{other}.") for other in ran) for path in ran)
 
 
 def _one_line(error: BaseException) -> str:
