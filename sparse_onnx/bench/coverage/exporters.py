@@ -1,7 +1,7 @@
 """The exporters that are compared, each called as its own documentation shows.
 
-`legacy` is measured only where it is asked for. All trace the same sample of the same model, of sizes that differ from each other and from 1, with the same axes
-declared dynamic, without a key/value cache.
+All trace the same sample of the same model, of sizes that differ from each other and from 1, with the same axes
+declared dynamic, without a key/value cache. `legacy` is measured only where it is asked for.
 """
 
 from __future__ import annotations
