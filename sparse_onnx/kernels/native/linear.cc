@@ -76,6 +76,22 @@ INLINE Floats from_brain(Halves half) {
   return value;
 }
 
+// kLanes bytes as numbers. The compiler takes __builtin_convertvector of bytes apart, where one instruction does it.
+template <bool kSigned>
+INLINE Floats from_bytes(Bytes bytes) {
+#if defined(__AVX512F__)
+  const __m512i wide = kSigned ? _mm512_cvtepi8_epi32((__m128i)bytes) : _mm512_cvtepu8_epi32((__m128i)bytes);
+  return (Floats)_mm512_cvtepi32_ps(wide);
+#elif defined(__AVX2__)
+  __m128i half = _mm_setzero_si128();
+  std::memcpy(&half, &bytes, sizeof bytes);
+  return (Floats)_mm256_cvtepi32_ps(kSigned ? _mm256_cvtepi8_epi32(half) : _mm256_cvtepu8_epi32(half));
+#else
+  if (kSigned) return __builtin_convertvector(__builtin_convertvector((SignedBytes)bytes, Ints), Floats);
+  return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+#endif
+}
+
 // How weights of one type are read. `pair` gives 2 * kLanes columns from an even one on.
 template <Type T>
 struct Reader;
@@ -125,25 +141,21 @@ struct Reader<Type::BF16> {
   }
 };
 
-template <>
-struct Reader<Type::I8> {
+template <bool kSigned>
+struct WholeBytes {
   static constexpr int bits = 8;
   static INLINE void pair(const uint8_t* row, int64_t column, Floats& a, Floats& b) {
-    a = __builtin_convertvector(__builtin_convertvector(load<SignedBytes>(row + column), Ints), Floats);
-    b = __builtin_convertvector(__builtin_convertvector(load<SignedBytes>(row + column + kLanes), Ints), Floats);
+    a = from_bytes<kSigned>(load<Bytes>(row + column)), b = from_bytes<kSigned>(load<Bytes>(row + column + kLanes));
   }
-  static INLINE float one(const uint8_t* data, int64_t at) { return ((const int8_t*)data)[at]; }
+  static INLINE float one(const uint8_t* data, int64_t at) {
+    return kSigned ? (float)((const int8_t*)data)[at] : (float)data[at];
+  }
 };
 
 template <>
-struct Reader<Type::U8> {
-  static constexpr int bits = 8;
-  static INLINE void pair(const uint8_t* row, int64_t column, Floats& a, Floats& b) {
-    a = __builtin_convertvector(__builtin_convertvector(load<Bytes>(row + column), Ints), Floats);
-    b = __builtin_convertvector(__builtin_convertvector(load<Bytes>(row + column + kLanes), Ints), Floats);
-  }
-  static INLINE float one(const uint8_t* data, int64_t at) { return data[at]; }
-};
+struct Reader<Type::I8> : WholeBytes<true> {};
+template <>
+struct Reader<Type::U8> : WholeBytes<false> {};
 
 // Two weights a byte, the first in the lower half. Even and odd columns come apart here; `mended` puts sums of them
 // into order, once for several rows.
@@ -151,12 +163,10 @@ template <bool kSigned>
 struct Nibbles {
   static constexpr int bits = 4;
   static INLINE void pair(const uint8_t* row, int64_t column, Floats& a, Floats& b) {
-    const Ints both = __builtin_convertvector(load<Bytes>(row + column / 2), Ints);
-    if (kSigned) {
-      a = __builtin_convertvector((both << 28) >> 28, Floats), b = __builtin_convertvector((both << 24) >> 28, Floats);
-    } else {
-      a = __builtin_convertvector(both & 15, Floats), b = __builtin_convertvector(both >> 4, Floats);
-    }
+    const Bytes both = load<Bytes>(row + column / 2);
+    Bytes low = both & 15, high = both >> 4;
+    if (kSigned) low = (low ^ 8) - 8, high = (high ^ 8) - 8;
+    a = from_bytes<kSigned>(low), b = from_bytes<kSigned>(high);
   }
   static INLINE float one(const uint8_t* data, int64_t at) {
     const int value = data[at >> 1] >> (4 * (at & 1)) & 15;
