@@ -15,12 +15,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["bench", "diff", "export", "inspect", "optimize", "verify"]
+__all__ = ["bench", "diff", "export", "inspect", "optimize", "register_kernels", "verify"]
 
 if TYPE_CHECKING:
     from sparse_onnx.bench.api import bench
     from sparse_onnx.export.api import export
     from sparse_onnx.inspect.api import diff, inspect
+    from sparse_onnx.kernels import register_kernels
     from sparse_onnx.optimize.api import optimize
     from sparse_onnx.verify.api import verify
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name == "diff":
         return importlib.import_module("sparse_onnx.inspect.api").diff
+    if name == "register_kernels":
+        return importlib.import_module("sparse_onnx.kernels").register_kernels
     if name in __all__:
         return importlib.import_module(f"sparse_onnx.{name}")
     raise AttributeError(f"module 'sparse_onnx' has no attribute '{name}'")

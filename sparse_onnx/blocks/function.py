@@ -10,6 +10,8 @@ from sparse_onnx.blocks.combine import COMBINE, is_combine
 from sparse_onnx.blocks.combine_function import combine_text
 from sparse_onnx.blocks.moe import is_neutral
 from sparse_onnx.blocks.spec import DOMAIN, DOMAIN_VERSION
+from sparse_onnx.blocks.thresholded import MIN_OPSET as THRESHOLDED_OPSET
+from sparse_onnx.blocks.thresholded import is_thresholded, thresholded_text
 from sparse_onnx.core.errors import ModelError
 
 MIN_OPSET = 18
@@ -19,19 +21,22 @@ def make_function(op: str, opset: int) -> ir.Function:
     """The definition of a neutral operator.
 
     Args:
-        op: ``MoE``, ``GatedMoE`` or ``Combine``.
+        op: ``MoE``, ``GatedMoE``, ``Combine``, ``ThresholdedLinear`` or ``ThresholdedLinearNBits``.
         opset: the model's version of the default domain.
 
     Raises:
-        ModelError: an opset below 18, which the body cannot be written in.
+        ModelError: an opset that the body cannot be written in: below 18, of the n-bit layer below 21.
     """
-    if opset < MIN_OPSET:
+    oldest = THRESHOLDED_OPSET.get(op, MIN_OPSET)
+    if opset < oldest:
         raise ModelError(
-            f"opset {opset} is too old for {DOMAIN}::{op}, which needs {MIN_OPSET}",
+            f"opset {opset} is too old for {DOMAIN}::{op}, which needs {oldest}",
             "convert the model to a newer opset first",
         )
     if op == COMBINE:
         return ir.serde.deserialize_function(onnx.parser.parse_function(combine_text(DOMAIN, opset)))
+    if op in THRESHOLDED_OPSET:
+        return ir.serde.deserialize_function(onnx.parser.parse_function(thresholded_text(op, opset)))
     function = ir.serde.deserialize_function(onnx.parser.parse_function(body_text(op, DOMAIN, opset)))
     (loop,) = (node for node in function if node.op_type == "Loop")
     count, condition, _ = loop.attributes["body"].as_graph().inputs
@@ -49,14 +54,15 @@ def attach_functions(model: ir.Model) -> bool:
         Whether the model changed.
 
     Raises:
-        ModelError: the model uses a neutral operator and its opset is below 18.
+        ModelError: the model uses a neutral operator and its opset is too old for it.
     """
     scopes: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     holders = []
     used: set[str] = set()
     for scope in scopes:
         nodes = ir.traversal.RecursiveGraphIterator(scope)
-        found = {node.op_type for node in nodes if is_neutral(node) or is_combine(node)}
+        neutral = (is_neutral, is_combine, is_thresholded)
+        found = {node.op_type for node in nodes if any(kind(node) for kind in neutral)}
         if found:
             holders.append(scope)
         used |= found

@@ -15,6 +15,7 @@ from sparse_onnx.blocks.spec import (
     ROLES,
     input_names,
 )
+from sparse_onnx.blocks.thresholded import thresholded_schemas
 
 _FLOATS = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)"]
 
@@ -70,6 +71,9 @@ def register_schemas() -> None:
             onnx.defs.register_schema(_schema(op))
     if not onnx.defs.has(COMBINE, DOMAIN):
         onnx.defs.register_schema(combine_schema())
+    for schema in thresholded_schemas():
+        if not onnx.defs.has(schema.name, DOMAIN):
+            onnx.defs.register_schema(schema)
 
 
 def _schema(op: str) -> OpSchema:

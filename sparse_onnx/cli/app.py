@@ -22,6 +22,7 @@ COMMANDS = {
     "verify": "Do two models give the same answers?",
     "bench": "Interleaved timing of models at several token counts.",
     "diff": "What changed between two models: nodes, blocks, weights.",
+    "kernels": "The native kernels: compile them, or say where they are.",
     "passes": "The catalogue of passes; `passes show NAME` explains one.",
     "targets": "The catalogue of targets; `targets show NAME` explains one.",
 }
