@@ -13,6 +13,8 @@ from sparse_onnx.export.sources import Source
 _LEAST_RUNS = 6
 #: Sizes that are tried on the module for want of others.
 _MAX_TRIED = 64
+#: What is drawn at each size that is compared for an assumption of its own: no other size says anything about it.
+_ALONE: tuple[samples.Kind, ...] = ("random", "random", "one")
 
 
 def plan(
@@ -55,8 +57,8 @@ def plan(
         kept, notes = kept + more, notes + few
     alone = {tuple(sizes.items()): sizes for each in special.values() for sizes in each}
     kept += [
-        samples.drawn(interface, sizes, "random", 200 + seed)
-        for seed, sizes in enumerate(alone.values())
+        samples.drawn(interface, sizes, kind, 200 + seed)
+        for seed, (sizes, kind) in enumerate(itertools.product(alone.values(), _ALONE))
         if guards.allowed(assumptions, sizes)
     ]
     if long and interface.symbols:
