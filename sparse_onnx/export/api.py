@@ -94,6 +94,7 @@ def export(
 
     from sparse_onnx.export import pipeline, settings, sources
     from sparse_onnx.export.adapters import user
+    from sparse_onnx.export.checkpoint.stored import is_stored
     from sparse_onnx.export.failure import terminable
 
     say = progress or (lambda text: None)
@@ -111,6 +112,12 @@ def export(
                 allow_pickle=allow_pickle,
                 stream=True if weights == "link" else stream,
                 **types,
+            )
+        if (stream or weights == "link") and not is_stored(loaded.module):
+            raise UsageError(
+                "only the weights of a folder of safetensors can stay in their files",
+                f"leave out {'--weights link' if weights == 'link' else '--stream'}",
+                where=loaded.name,
             )
         if past:
             from sparse_onnx.export.past import with_past

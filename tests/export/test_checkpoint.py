@@ -218,6 +218,17 @@ def test_linked_weights_stay_in_the_checkpoint(checkpoint: Path, tmp_path: Path)
     assert np.allclose(answers[0], expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"stream": True}, {"weights": "link"}])
+def test_what_is_no_folder_of_weights_cannot_be_streamed(options: dict[str, Any], tmp_path: Path) -> None:
+    for source, more in (
+        ("zoo:byte-moe", {}),
+        (write_config("mixtral", tmp_path / "m"), {"random_weights": True}),
+    ):
+        with pytest.raises(UsageError, match="only the weights of a folder of safetensors"):
+            sparse_onnx.export(source, tmp_path / "out.onnx", **options, **more)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
 def test_weights_elsewhere_cannot_be_linked(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="in or below the output's folder"):
         sparse_onnx.export(checkpoint, tmp_path / "out.onnx", weights="link")
