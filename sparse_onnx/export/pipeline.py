@@ -89,12 +89,7 @@ def run(
     else:
         record, half_notes = _check_half(source, found, traced, wide, path, folder, plan, half, say)
         notes += half_notes
-    if not record.passed:
-        raise VerificationError(
-            f"onnxruntime and torch differ: {record.failure}",
-            "nothing was written; please report this",
-            where=source.name,
-        )
+    must_agree(record, source)
     say(f"saving {out.name}")
     io.save(io.load(path), out, weights="copy")
     if isinstance(source, past.PastSource):
@@ -124,6 +119,16 @@ def _compare(
     if isinstance(source, past.PastSource):
         record = past.check_generation(record, path, source, found, tolerance=tolerance, progress=say)
     return record
+
+
+def must_agree(record: VerifyRecord, source: Source) -> None:
+    """Raises VerificationError for a comparison that failed."""
+    if not record.passed:
+        raise VerificationError(
+            f"onnxruntime and torch differ: {record.failure}",
+            "nothing was written; please report this",
+            where=source.name,
+        )
 
 
 def about(found: list[experts.Experts]) -> list[str]:

@@ -107,12 +107,7 @@ def run(
         size = sum(each.expression.nbytes for each, _ in written)
         runs = plan if size <= _ALL_RUNS_BYTES else _few(plan)
         record, more = _compare(source, found, traced, staged, wide, written, runs, half, say)
-        if not record.passed:
-            raise VerificationError(
-                f"onnxruntime and torch differ: {record.failure}",
-                "nothing was written; please report this",
-                where=source.name,
-            )
+        pipeline.must_agree(record, source)
         say(f"saving {out.name}")
         _publish(staged, saved.data_path, out)
     finally:
