@@ -1,0 +1,146 @@
+"""Inputs of linear layers that are close to a centre are skipped, and their weights never read. Lossy, on request.
+
+    Y = S(X - centre) W + (bias + centre W)        S(v) = v where |v| > tau, else 0
+
+What is close, and to what, comes from calibration (`sparse-onnx calibrate`), and how much each layer may skip from the
+quality or the share of bytes that `optimize --thresholds` was asked for. One optional input of the graph,
+`sparsity_level` (an int64 scalar, 0 to 100), sets all thresholds at run time; at 0 nothing is skipped and the model is
+what it was. Layers that read the same value share centre and threshold.
+
+    native    sparse_onnx::ThresholdedLinear, and ThresholdedLinearNBits for integer weights: the kernel of
+              `sparse-onnx kernels build` reads no weights of skipped inputs; without it the function's body runs,
+              which is right and not faster
+    gather    standard operators that gather the rows that are kept: faster than a dense product above 70 % only
+    simulate  the inputs are put to the centre and the layers stay as they are: for accuracy studies, never faster
+
+Weights that lie `[N, K]` are turned when the model is written; integers stay integers, of MatMulNBits and
+DequantizeLinear both. A vector that is added behind the layer becomes part of it. Experts of mixture-of-experts blocks
+are marked here, and skip inputs in the forms `grouped` and `branched`. Enters If, Loop and Scan bodies.
+
+Left alone, with the reason: routers, output heads and embeddings; layers whose share is too small to pay; layers of
+other types than float32, float16 and bfloat16; products of activations that are rounded to 8 bits; integers in blocks
+that do not divide their axis; models that have thresholds already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.blocks import attach_functions
+from sparse_onnx.blocks.expert_thresholds import ExpertThreshold, mark
+from sparse_onnx.core.passes import Outcome, Pass
+from sparse_onnx.core.report import Refusal
+from sparse_onnx.graph.build import Emitter, Namespace
+from sparse_onnx.matching.layers import Layer
+from sparse_onnx.matching.sites import Site, sites
+from sparse_onnx.passes.convert_opset import ConvertOpset
+from sparse_onnx.sparsify.dial import emit_dial
+from sparse_onnx.sparsify.emit import Threshold
+from sparse_onnx.sparsify.layers import Writer, obstacle, oldest_opset
+from sparse_onnx.sparsify.plan import Plan, SitePlan
+from sparse_onnx.sparsify.record import Acting, Thresholds, record_thresholds, thresholds_of
+
+
+@dataclasses.dataclass(frozen=True)
+class InsertThresholds(Pass):
+    __doc__ = __doc__
+    name: ClassVar[str] = "insert_thresholds"
+    summary: ClassVar[str] = "inputs near a centre are skipped, and their weights never read"
+    kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
+
+    plan: Plan = dataclasses.field(
+        default_factory=Plan, metadata={"help": "what `optimize --thresholds` makes of a calibration"}
+    )
+
+    def call(self, model: ir.Model) -> Outcome:
+        if not self.plan.sites:
+            reason, hint = "no calibration was given", "`optimize --thresholds CALIB.json` names it"
+            return Outcome(model, False, refusals=(Refusal(reason, "", hint, self.name),))
+        if thresholds_of(model) is not None:
+            reason, hint = "the model has thresholds already", "give the model that was calibrated"
+            return Outcome(model, False, refusals=(Refusal(reason, "", hint, self.name),))
+        every = sites(model)
+        refusals = [dataclasses.replace(refusal, by=self.name) for refusal in every.refusals]
+        chosen: list[tuple[Site, SitePlan, list[Layer]]] = []
+        for site in every:
+            plan = self.plan.sites.get(site.name)
+            if plan is None or plan.sparsity[self.plan.level] < self.plan.least:
+                refusals += self._left(site, plan)
+                continue
+            kept = []
+            for layer in site.layers:
+                problem = obstacle(layer, self.plan.mode, plan.centre)
+                if problem is None:
+                    kept.append(layer)
+                else:
+                    reason = f"layer '{layer.output.name}': {problem[0]}"
+                    refusals.append(Refusal(reason, layer.node.name or "", problem[1], self.name))
+            if kept or site.block is not None:
+                chosen.append((site, plan, kept))
+        oldest = max((oldest_opset(layer, self.plan.mode) for *_, kept in chosen for layer in kept), default=18)
+        converted = False
+        if model.opset_imports.get("", 0) < oldest:
+            outcome = ConvertOpset(oldest=oldest)(model)
+            assert isinstance(outcome, Outcome)
+            if not outcome.modified:
+                return Outcome(model, False, len(every.found), 0, (*refusals, *outcome.refusals))
+            return dataclasses.replace(self.call(model), modified=True)
+        if not chosen:
+            return Outcome(model, converted, len(every.found), 0, tuple(refusals))
+        self._write(model, chosen, [name for name in self.plan.sites if name not in {s.name for s, *_ in chosen}])
+        rewritten = len(chosen)
+        return Outcome(model, True, len(every.found), rewritten, tuple(refusals))
+
+    def _left(self, site: Site, plan: SitePlan | None) -> list[Refusal]:
+        node = site.layers[0].node.name or "" if site.layers else ""
+        if plan is None:
+            return [Refusal(f"site '{site.name}': the calibration does not know it", node, "", self.name)]
+        share = plan.sparsity[self.plan.level]
+        reason = f"site '{site.name}': {share:.0%} of its inputs would be skipped, which does not pay"
+        return [Refusal(reason, node, f"from {self.plan.least:.0%} on it does", self.name)]
+
+    def _write(
+        self, model: ir.Model, chosen: Sequence[tuple[Site, SitePlan, list[Layer]]], left: Sequence[str]
+    ) -> None:
+        names, types = Namespace(model), [_dtype(site, kept) for site, _, kept in chosen]
+        kinds = [ir.DataType.INT64] * len(types) if self.plan.top_k else types
+        tables = [plan.table for _, plan, _ in chosen]
+        level, bounds = emit_dial(model, names, tables, kinds, self.plan.level)
+        constants = Emitter(model.graph, names, level)
+        writer, acting = Writer(names), list[Acting]()
+        for (site, plan, kept), bound, dtype in zip(chosen, bounds, types, strict=True):
+            held = constants.constant(plan.centre.astype(dtype.numpy()))
+            if site.block is not None:
+                for role in site.roles:
+                    entry = ExpertThreshold(site.name, bound.name or "", held.name or "", self.plan.mode, self.plan.top_k)
+                    mark(site.block.node, role, entry)
+                continue
+            threshold = Threshold(site.name, bound, held, self.plan.mode, self.plan.top_k)
+            # As the graph rounds it, so that what is folded is what is subtracted.
+            centre = np.asarray(held.const_value.numpy() if held.const_value is not None else plan.centre)
+            outputs = [writer.rewrite(layer, threshold, centre).name or "" for layer in kept]
+            acting.append(
+                Acting(
+                    site.name,
+                    kept[0].input.name or "",
+                    bound.name or "",
+                    held.name or "",
+                    tuple(outputs),
+                    sum(layer.weight.nbytes for layer in kept),
+                    kept[0].node.graph is not model.graph,
+                )
+            )
+        record_thresholds(model, Thresholds(level, self.plan.mode, tuple(acting), tuple(left)))
+        attach_functions(model)
+
+
+def _dtype(site: Site, kept: Sequence[Layer]) -> ir.DataType:
+    if site.block is not None:
+        return site.block.dtype
+    assert kept[0].input.dtype is not None
+    return kept[0].input.dtype
