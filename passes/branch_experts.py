@@ -43,11 +43,13 @@ from sparse_onnx.blocks import MoEBlock
 from sparse_onnx.blocks.dispatch import Dispatch, emit_combine, emit_dispatch, joined
 from sparse_onnx.blocks.expert_group import emit_group, emit_heights, emit_rows, groups_of, split
 from sparse_onnx.blocks.expert_tree import emit_loop
+from sparse_onnx.blocks.expert_thresholds import marked
 from sparse_onnx.blocks.expert_weights import ExpertWeights, obstacle
 from sparse_onnx.blocks.lowering import Lowering, Problem
 from sparse_onnx.core.errors import UsageError
 from sparse_onnx.graph.branches import Branch, emit_if, inside
 from sparse_onnx.graph.build import Emitter
+from sparse_onnx.sparsify.experts import expert_weights
 
 STYLES = ("group", "expert", "loop")
 
@@ -57,6 +59,7 @@ class BranchExperts(Lowering):
     __doc__ = __doc__
     name: ClassVar[str] = "branch_experts"
     form: ClassVar[str] = "branched"
+    skips_inputs: ClassVar[bool] = True
     summary: ClassVar[str] = "experts behind If: those without tokens are skipped, a group at a time"
 
     style: str = dataclasses.field(
@@ -78,6 +81,8 @@ class BranchExperts(Lowering):
         problem = next(filter(None, found), None)
         if problem is not None:
             return problem
+        if self.style == "loop" and marked(block.node):
+            return "thresholds are not written into loops over experts", "take style=group or style=expert"
         if self.style == "loop":
             unheard = block.dtype == ir.DataType.BFLOAT16
             return (
@@ -97,7 +102,7 @@ class BranchExperts(Lowering):
     def rewrite(self, block: MoEBlock, emit: Emitter, opset: int) -> set[str]:
         experts, top_k = block.experts, block.top_k
         assert experts is not None and top_k is not None and block.hidden_out is not None
-        weights = ExpertWeights(block, emit.names, self.contrib)
+        weights = expert_weights(block, emit.names, self.contrib)
         dispatch = emit_dispatch(emit, block.expert_index, experts, top_k)
         rows = emit_rows(emit, dispatch, block.tokens)
         if self.style == "loop":

@@ -39,10 +39,11 @@ import onnx_ir as ir
 from sparse_onnx.blocks import MoEBlock
 from sparse_onnx.blocks.dispatch import emit_combine, emit_dispatch, emit_pieces
 from sparse_onnx.blocks.expert_group import emit_group, emit_heights, groups_of
-from sparse_onnx.blocks.expert_weights import ExpertWeights, not_dynamic, obstacle
+from sparse_onnx.blocks.expert_weights import not_dynamic, obstacle
 from sparse_onnx.blocks.lowering import Lowering, Problem
 from sparse_onnx.core.errors import UsageError
 from sparse_onnx.graph.build import Emitter
+from sparse_onnx.sparsify.experts import expert_weights
 
 PRODUCTS = ("nbits", "dynamic")
 
@@ -57,6 +58,7 @@ class FuseGating(Lowering):
     __doc__ = __doc__
     name: ClassVar[str] = "fuse_gating"
     form: ClassVar[str] = "grouped"
+    skips_inputs: ClassVar[bool] = True
     summary: ClassVar[str] = (
         "gating fused into TopK + GatherND dispatch: each expert runs on its own tokens only"
     )
@@ -93,7 +95,7 @@ class FuseGating(Lowering):
         dispatch = emit_dispatch(emit, block.expert_index, experts, top_k)
         pieces = emit_pieces(emit, dispatch, block.tokens)
 
-        weights = ExpertWeights(block, emit.names, self.contrib, integer=self.product == "dynamic")
+        weights = expert_weights(block, emit.names, self.contrib, integer=self.product == "dynamic")
         results: list[ir.Value] = []
         groups = groups_of(experts, _GROUP if experts > _GROUP else 1)
         heights: Sequence[ir.Value | None] = [None] * experts

@@ -28,7 +28,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.blocks import attach_functions
@@ -37,13 +36,15 @@ from sparse_onnx.core.passes import Outcome, Pass
 from sparse_onnx.core.report import Refusal
 from sparse_onnx.graph.build import Emitter, Namespace
 from sparse_onnx.matching.layers import Layer
+from sparse_onnx.matching.layers import layer as fresh
 from sparse_onnx.matching.sites import Site, sites
 from sparse_onnx.passes.convert_opset import ConvertOpset
 from sparse_onnx.sparsify.dial import emit_dial
 from sparse_onnx.sparsify.emit import Threshold
+from sparse_onnx.sparsify.experts import block_obstacle
 from sparse_onnx.sparsify.layers import Writer, obstacle, oldest_opset
 from sparse_onnx.sparsify.plan import Plan, SitePlan
-from sparse_onnx.sparsify.record import Acting, Thresholds, record_thresholds, thresholds_of
+from sparse_onnx.sparsify.record import Thresholds, record_thresholds, thresholds_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +73,18 @@ class InsertThresholds(Pass):
             if plan is None or plan.sparsity[self.plan.level] < self.plan.least:
                 refusals += self._left(site, plan)
                 continue
-            kept = []
-            for layer in site.layers:
-                problem = obstacle(layer, self.plan.mode, plan.centre)
-                if problem is None:
-                    kept.append(layer)
-                else:
-                    reason = f"layer '{layer.output.name}': {problem[0]}"
-                    refusals.append(Refusal(reason, layer.node.name or "", problem[1], self.name))
-            if kept or site.block is not None:
+            kept, problems = self._apart(site, plan)
+            refusals += problems
+            if kept or (site.block is not None and not problems):
                 chosen.append((site, plan, kept))
-        oldest = max((oldest_opset(layer, self.plan.mode) for *_, kept in chosen for layer in kept), default=18)
+        oldest = max(
+            (
+                oldest_opset(layer.weight, layer.input.dtype, self.plan.mode)
+                for *_, kept in chosen
+                for layer in kept
+            ),
+            default=18,
+        )
         converted = False
         if model.opset_imports.get("", 0) < oldest:
             outcome = ConvertOpset(oldest=oldest)(model)
@@ -95,6 +97,23 @@ class InsertThresholds(Pass):
         self._write(model, chosen, [name for name in self.plan.sites if name not in {s.name for s, *_ in chosen}])
         rewritten = len(chosen)
         return Outcome(model, True, len(every.found), rewritten, tuple(refusals))
+
+    def _apart(self, site: Site, plan: SitePlan) -> tuple[list[Layer], list[Refusal]]:
+        """The layers of a site that can skip inputs, and why others cannot."""
+        kept, refusals = [], []
+        for layer in site.layers:
+            problem = obstacle(layer, self.plan.mode, plan.centre)
+            if problem is None:
+                kept.append(layer)
+                continue
+            reason = f"layer '{layer.output.name}': {problem[0]}"
+            refusals.append(Refusal(reason, layer.node.name or "", problem[1], self.name))
+        for role in site.roles if site.block is not None else ():
+            problem = block_obstacle(site.block, role, self.plan.mode, plan.centre)
+            if problem is not None:
+                reason = f"site '{site.name}': {problem[0]}"
+                refusals.append(Refusal(reason, site.block.node.name or "", problem[1], self.name))
+        return kept, refusals
 
     def _left(self, site: Site, plan: SitePlan | None) -> list[Refusal]:
         node = site.layers[0].node.name or "" if site.layers else ""
@@ -112,30 +131,23 @@ class InsertThresholds(Pass):
         tables = [plan.table for _, plan, _ in chosen]
         level, bounds = emit_dial(model, names, tables, kinds, self.plan.level)
         constants = Emitter(model.graph, names, level)
-        writer, acting = Writer(names), list[Acting]()
+        writer = Writer(names)
         for (site, plan, kept), bound, dtype in zip(chosen, bounds, types, strict=True):
             held = constants.constant(plan.centre.astype(dtype.numpy()))
             if site.block is not None:
+                entry = ExpertThreshold(
+                    site.name, bound.name or "", held.name or "", self.plan.mode, self.plan.top_k
+                )
                 for role in site.roles:
-                    entry = ExpertThreshold(site.name, bound.name or "", held.name or "", self.plan.mode, self.plan.top_k)
                     mark(site.block.node, role, entry)
                 continue
             threshold = Threshold(site.name, bound, held, self.plan.mode, self.plan.top_k)
-            # As the graph rounds it, so that what is folded is what is subtracted.
-            centre = np.asarray(held.const_value.numpy() if held.const_value is not None else plan.centre)
-            outputs = [writer.rewrite(layer, threshold, centre).name or "" for layer in kept]
-            acting.append(
-                Acting(
-                    site.name,
-                    kept[0].input.name or "",
-                    bound.name or "",
-                    held.name or "",
-                    tuple(outputs),
-                    sum(layer.weight.nbytes for layer in kept),
-                    kept[0].node.graph is not model.graph,
-                )
-            )
-        record_thresholds(model, Thresholds(level, self.plan.mode, tuple(acting), tuple(left)))
+            for layer in kept:
+                # What it reads may be the result of a layer that was rewritten before it.
+                now = fresh(layer.node)
+                assert now is not None
+                writer.rewrite(now, threshold)
+        record_thresholds(model, Thresholds(level, self.plan.mode, tuple(left)))
         attach_functions(model)
 
 

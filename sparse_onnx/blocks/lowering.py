@@ -15,6 +15,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from sparse_onnx.blocks.expert_thresholds import marked
+from sparse_onnx.blocks.function import attach_functions
 from sparse_onnx.blocks.lowered import FORM_KEY, NAME_KEY, LoweredBlock, record_lowered
 from sparse_onnx.blocks.moe import MoEBlock, blocks
 from sparse_onnx.blocks.rounding import rounding
@@ -88,18 +90,24 @@ class Lowering(Pass):
     form: ClassVar[str]
     opset: ClassVar[int] = 18
     """Oldest opset of the default domain that the form can be written in."""
+    skips_inputs: ClassVar[bool] = False
+    """Whether experts have layers of their own, which thresholds can act on."""
 
     def call(self, model: ir.Model) -> Outcome:
         version = model.opset_imports.get("", 0)
         names = Namespace(model)
         nodes = [block.node for block in blocks(model) if takes(block.node, self.form) is not None]
+        skipping = any(marked(node) for node in nodes)
         refusals, lowered = [], []
         for node in nodes:
             block = MoEBlock.of(node)  # now, since rewriting the block before it may have replaced its tokens
             form = takes(node, self.form)
             assert block is not None and form is not None
             own = dataclasses.replace(self, **parse_options(type(self), dict(form.options)))
-            problem = _common_problem(block, version, self.opset) or own.problem(block, version)
+            problem = _common_problem(block, version, self.opset)
+            if problem is None and marked(node) and not self.skips_inputs:
+                problem = "thresholds act on experts' own layers, and it has none", "take grouped or branched"
+            problem = problem or own.problem(block, version)
             if problem is not None:
                 text, hint = problem
                 refusals.append(Refusal(f"block '{block.name}': {text}", node.name or "", hint, self.name))
@@ -112,6 +120,8 @@ class Lowering(Pass):
                 model.opset_imports.setdefault(domain, 1)
             lowered[-1] = dataclasses.replace(lowered[-1], activations=rounding(emit.nodes))
         record_lowered(model, lowered)
+        if skipping:
+            attach_functions(model)
         return Outcome(model, bool(lowered), len(nodes), len(lowered), tuple(refusals))
 
     @property

@@ -14,6 +14,7 @@ class Namespace:
     """The names that a model uses anywhere, and the initializers that a rewrite has added to it."""
 
     def __init__(self, model: ir.Model) -> None:
+        self.model = model
         self._taken: set[str | None] = set()
         self._added: dict[Hashable, ir.Value] = {}
         for graph in model.graphs():

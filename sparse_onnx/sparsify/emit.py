@@ -54,6 +54,7 @@ def emit_masked(emit: Emitter, x: ir.Value, threshold: Threshold) -> ir.Value:
 def emit_layer(
     emit: Emitter,
     x: ir.Value,
+    dtype: ir.DataType,
     weights: Operands,
     values: Sequence[ir.Value],
     folded: ir.Value,
@@ -64,6 +65,7 @@ def emit_layer(
     Args:
         emit: where the nodes go.
         x: ``[..., K]``; of `top_k` masked already.
+        dtype: of x.
         weights: what `values` hold; numbers, where the mode is `gather`.
         values: the operator's weights, as initializers.
         folded: ``[N]``, bias + centre W.
@@ -71,21 +73,25 @@ def emit_layer(
     """
     bound = threshold.bound
     if threshold.top_k:
-        assert x.dtype is not None
-        bound = emit.constant(np.zeros(1, x.dtype.numpy()))
+        bound = emit.constant(np.zeros(1, dtype.numpy()))
     if threshold.mode == "gather":
-        return _gathered(emit, x, values[0], folded, bound, threshold.centre)
+        return _gathered(emit, x, dtype, values[0], folded, bound, threshold.centre)
     inputs = [x, *values, bound, threshold.centre, folded]
     return emit.op(weights.op, *inputs, domain=DOMAIN, **weights.attributes)
 
 
 def _gathered(
-    emit: Emitter, x: ir.Value, weight: ir.Value, folded: ir.Value, bound: ir.Value, centre: ir.Value
+    emit: Emitter,
+    x: ir.Value,
+    dtype: ir.DataType,
+    weight: ir.Value,
+    folded: ir.Value,
+    bound: ir.Value,
+    centre: ir.Value,
 ) -> ir.Value:
-    assert x.dtype is not None
     distance = emit.op("Sub", x, centre)
     skipped = emit.op("LessOrEqual", emit.op("Abs", distance), bound)
-    kept = emit.op("Where", skipped, emit.scalar(0.0, x.dtype), distance)
+    kept = emit.op("Where", skipped, emit.scalar(0.0, dtype), distance)
     tokens = emit.op("Div", emit.op("Size", x), emit.op("Shape", weight, start=0, end=1))
     single = emit.op("Squeeze", emit.op("Equal", tokens, emit.ints(1)), emit.ints(0))
     then, other = inside(emit, "one"), inside(emit, "several")
@@ -95,6 +101,6 @@ def _gathered(
         "MatMul", then.op("Gather", kept, rows, axis=-1), then.op("Gather", weight, rows, axis=0)
     )
     many = other.op("MatMul", kept, weight)
-    told = () if x.shape is None else ((x.dtype, [None] * len(x.shape)),)
+    told = () if x.shape is None else ((dtype, [None] * len(x.shape)),)
     [product] = emit_if(emit, single, Branch(then, [few]), Branch(other, [many]), told)
     return emit.op("Add", product, folded)

@@ -1,4 +1,4 @@
-"""What was done to a model, in its metadata: where each threshold acts, for those who measure, check or turn it."""
+"""Where thresholds act in a model, from its metadata: for those who measure, check or turn them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Any
 
 import onnx_ir as ir
 
-#: Node metadata: the site whose threshold the node applies.
-SITE_KEY = "sparse_onnx.site"
+#: Metadata of the node that computes a layer's output: JSON, an `Acting` without `layer` and `inner`.
+ACTING_KEY = "sparse_onnx.threshold"
 #: Model metadata: JSON, a `Thresholds`.
 THRESHOLDS_KEY = "sparse_onnx.thresholds"
 
 
 @dataclasses.dataclass(frozen=True)
 class Acting:
-    """One threshold at one place: several layers of a site, or one expert's.
+    """One thresholded layer, or one of an expert's.
 
     Attributes:
-        site: its site.
+        site: whose threshold it is.
         input: the value that is compared, ``[..., K]``.
-        bound, centre: values; what is within the bound of the centre is skipped.
-        layers: names of the layers' outputs.
-        nbytes: of the layers' weights, as they are stored.
+        bound: value ``[1]``: what is no farther from the centre is skipped; empty for 0.
+        centre: value ``[1]`` or ``[K]``.
+        nbytes: of the layer's weights, as they are stored.
+        layer: the value that the layer computes.
         inner: whether it lies in the body of an If, Loop or Scan, where nothing can be watched.
     """
 
@@ -32,19 +33,39 @@ class Acting:
     input: str
     bound: str
     centre: str
-    layers: tuple[str, ...]
     nbytes: int
+    layer: str = ""
     inner: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
-    """`level_input` is the optional input that sets the level."""
+    """`level_input` is the optional input that sets the level; `left_dense` are sites that were calibrated in vain."""
 
     level_input: str
     mode: str
-    acting: tuple[Acting, ...]
     left_dense: tuple[str, ...] = ()
+
+
+def tag(node: ir.Node, acting: Acting) -> None:
+    """Says of the node that computes a layer's output what is skipped there."""
+    entry = dataclasses.asdict(acting)
+    del entry["layer"], entry["inner"]
+    node.metadata_props[ACTING_KEY] = json.dumps(entry)
+
+
+def acting(model: ir.Model) -> list[Acting]:
+    """All thresholded layers, in graph order. Entries that are not ours are passed over."""
+    found = []
+    for node in model.graph.all_nodes():
+        entry = _read(node.metadata_props.get(ACTING_KEY))
+        texts = ("site", "input", "bound", "centre")
+        if entry is None or set(entry) != {*texts, "nbytes"} or type(entry["nbytes"]) is not int:
+            continue
+        if all(isinstance(entry[name], str) for name in texts):
+            inner = node.graph is not model.graph
+            found.append(Acting(**entry, layer=node.outputs[0].name or "", inner=inner))
+    return found
 
 
 def record_thresholds(model: ir.Model, found: Thresholds) -> None:
@@ -53,22 +74,29 @@ def record_thresholds(model: ir.Model, found: Thresholds) -> None:
 
 def thresholds_of(model: ir.Model) -> Thresholds | None:
     """What the model's metadata says; None where it says nothing that can be read."""
-    try:
-        entry: Any = json.loads(model.metadata_props.get(THRESHOLDS_KEY, "null"))
-        acting = tuple(Acting(**{**item, "layers": tuple(item["layers"])}) for item in entry["acting"])
-        found = Thresholds(str(entry["level_input"]), str(entry["mode"]), acting, tuple(entry["left_dense"]))
-    except (ValueError, TypeError, KeyError):
+    entry = _read(model.metadata_props.get(THRESHOLDS_KEY))
+    if entry is None or set(entry) != {"level_input", "mode", "left_dense"}:
         return None
-    return found if all(_well_typed(item) for item in acting) else None
+    left = entry["left_dense"]
+    if not isinstance(left, list) or not all(map(_is_text, (entry["level_input"], entry["mode"], *left))):
+        return None
+    return Thresholds(entry["level_input"], entry["mode"], tuple(left))
 
 
-def extend_record(model: ir.Model, more: Sequence[Acting]) -> None:
-    """Adds what a lowering did with the experts of a block."""
-    found = thresholds_of(model)
-    if found is not None and more:
-        record_thresholds(model, dataclasses.replace(found, acting=(*found.acting, *more)))
+def by_site(found: Sequence[Acting]) -> dict[str, list[Acting]]:
+    groups: dict[str, list[Acting]] = {}
+    for item in found:
+        groups.setdefault(item.site, []).append(item)
+    return groups
 
 
-def _well_typed(item: Acting) -> bool:
-    texts = (item.site, item.input, item.bound, item.centre, *item.layers)
-    return all(isinstance(text, str) for text in texts) and type(item.nbytes) is int
+def _read(text: str | None) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(text or "null")
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
