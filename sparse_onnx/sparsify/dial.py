@@ -81,3 +81,7 @@ def _rows(
     widths = [part.shape[1] for part in parts]
     return emit.ops("Split", (row, emit.constant(np.asarray(widths, np.int64))), len(parts), axis=0)
 
+
+def set_level(model: ir.Model, name: str, level: int) -> None:
+    """Sets the level that a model with that dial runs at where its caller says nothing."""
+    model.graph.initializers[name].const_value = ir.Tensor(np.asarray(level, np.int64), name=name)

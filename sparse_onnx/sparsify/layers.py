@@ -97,7 +97,10 @@ def emit_product(
     base = ir.Tensor(total, dtype, name=f"{product.name}.folded_bias")
     held = emit.names.initializer(product.home, (dtype, total.tobytes(), "folded"), base)
     result = emit_layer(emit, x, dtype, weights, values, held, threshold)
-    tag(emit.nodes[-1], note(threshold, watched, product.weight))
+    entry = note(threshold, watched, product.weight)
+    if threshold.mode == "gather":
+        entry = dataclasses.replace(entry, weight=values[0].name or "", folded=held.name or "")
+    tag(emit.nodes[-1], entry)
     return result
 
 

@@ -25,6 +25,7 @@ class Acting:
         bound: value ``[1]``: what is no farther from the centre is skipped; empty for 0.
         centre: value ``[1]`` or ``[K]``.
         nbytes: of the layer's weights, as they are stored.
+        weight, folded: values of the mode `gather`, ``[K, N]`` and ``[N]``; else empty.
         layer: the value that the layer computes.
         inner: whether it lies in the body of an If, Loop or Scan, where nothing can be watched.
     """
@@ -34,6 +35,8 @@ class Acting:
     bound: str
     centre: str
     nbytes: int
+    weight: str = ""
+    folded: str = ""
     layer: str = ""
     inner: bool = False
 
@@ -59,7 +62,7 @@ def acting(model: ir.Model) -> list[Acting]:
     found = []
     for node in model.graph.all_nodes():
         entry = _read(node.metadata_props.get(ACTING_KEY))
-        texts = ("site", "input", "bound", "centre")
+        texts = ("site", "input", "bound", "centre", "weight", "folded")
         if entry is None or set(entry) != {*texts, "nbytes"} or type(entry["nbytes"]) is not int:
             continue
         if all(isinstance(entry[name], str) for name in texts):

@@ -67,6 +67,7 @@ def create_session(
     entries: dict[str, str] | None = None,
     name: str = "",
     optimized_to: str | os.PathLike[str] | None = None,
+    kernels: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session for a file, or for a model in memory whose external weights all lie in one folder.
 
@@ -77,6 +78,7 @@ def create_session(
         entries: session configuration entries.
         name: what to call a model in memory in messages.
         optimized_to: a file that ORT writes the model to as it runs it.
+        kernels: run our native kernels, which must have been built.
 
     Raises:
         ModelError: ORT cannot load the model.
@@ -99,6 +101,10 @@ def create_session(
     version = onnxruntime.__version__
     if not plans_memory_reuse(_MANY_NODES + 1, version):  # or the nodes need not be counted
         options.enable_mem_reuse = plans_memory_reuse(_nodes(model), version)
+    if kernels:
+        from sparse_onnx.kernels import register_kernels
+
+        register_kernels(options)
     try:
         return onnxruntime.InferenceSession(source, options, providers=[provider])
     except Exception as error:  # ORT's exceptions share no base class

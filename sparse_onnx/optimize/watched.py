@@ -1,0 +1,215 @@
+"""Thresholded layers while the model runs: what they skip, and whether they compute what numpy does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.blocks.quantized import Quantized
+from sparse_onnx.blocks.thresholded import is_thresholded, thresholded_reference
+from sparse_onnx.core.errors import VerificationError
+from sparse_onnx.graph.build import Emitter, Namespace
+from sparse_onnx.graph.external import read_array
+from sparse_onnx.matching.layers import layer
+from sparse_onnx.matching.values import attribute
+from sparse_onnx.sparsify.record import Acting, acting
+from sparse_onnx.targets import session as sessions
+from sparse_onnx.verify.compare import TOLERANCES
+
+#: A body with blocks of inputs becomes a MatMulNBits that rounds activations to 8 bits otherwise.
+EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
+_COARSE = {"float16": 2e-3, "bfloat16": 1.6e-2}
+
+
+class Dialled:
+    """A thresholded model in ORT, at any level.
+
+    Args:
+        model: in memory.
+        level_input: the input that sets the level.
+        threads: of the session; None: ORT's default.
+        kernels: run the native kernels.
+    """
+
+    def __init__(
+        self, model: ir.Model, level_input: str, threads: int | None = None, kernels: bool = False
+    ) -> None:
+        self.level_input = level_input
+        self.session = sessions.create_session(
+            model, threads=threads, entries=EXACT, name="the thresholded model", kernels=kernels
+        )
+        self.names = [value.name for value in self.session.get_outputs()]
+
+    def __call__(self, feeds: dict[str, np.ndarray], level: int) -> list[np.ndarray]:
+        return sessions.run(self.session, {**feeds, self.level_input: np.asarray(level, np.int64)})
+
+
+@dataclasses.dataclass
+class Seen:
+    """Inputs that a site got, and those it skipped."""
+
+    inputs: int = 0
+    skipped: int = 0
+
+    @property
+    def share(self) -> float | None:
+        return self.skipped / self.inputs if self.inputs else None
+
+
+def measure_skipping(
+    model: ir.Model,
+    level_input: str,
+    level: int,
+    runs: Iterable[dict[str, np.ndarray]],
+    threads: int | None = None,
+) -> dict[str, Seen]:
+    """What each site skips on the runs, by name. Sites in the bodies of If, Loop and Scan cannot be watched."""
+    found = {item.site: Seen() for item in acting(model)}
+    watch = {
+        (item.site, item.input, item.bound, item.centre): item for item in acting(model) if not item.inner
+    }
+    if not watch:
+        return found
+    copy = model.clone()
+    values = _values(copy)
+    emit = Emitter(copy.graph, Namespace(copy), "sparse_onnx/skipping")
+    outputs = len(copy.graph.outputs)
+    for item in watch.values():
+        skipped = _emit_skipped(emit, values, item)
+        counts = [
+            emit.op("ReduceSum", emit.op("Cast", skipped, to=ir.DataType.INT64), keepdims=0),
+            emit.op("Size", values[item.input]),
+        ]
+        for value in counts:
+            value.dtype, value.shape = ir.DataType.INT64, ir.Shape(())
+        copy.graph.outputs.extend(counts)
+    copy.graph.extend(emit.nodes)
+    run = Dialled(copy, level_input, threads)
+    for feeds in runs:
+        results = run(feeds, level)[outputs:]
+        for at, item in enumerate(watch.values()):
+            found[item.site].skipped += int(results[2 * at])
+            found[item.site].inputs += int(results[2 * at + 1])
+    return found
+
+
+def _emit_skipped(emit: Emitter, values: dict[str, ir.Value], item: Acting) -> ir.Value:
+    centre = values[item.centre]
+    assert centre.dtype is not None
+    bound = values[item.bound] if item.bound else emit.scalar(0.0, centre.dtype)
+    distance = emit.op("Abs", emit.op("Sub", values[item.input], centre))
+    return emit.op("LessOrEqual", distance, bound)
+
+
+def _values(model: ir.Model) -> dict[str, ir.Value]:
+    found = dict(model.graph.initializers)
+    found |= {value.name or "": value for value in model.graph.inputs}
+    found |= {value.name or "": value for node in model.graph for value in node.outputs}
+    return found
+
+
+def check_layers(
+    model: ir.Model,
+    level_input: str,
+    level: int,
+    runs: Sequence[dict[str, np.ndarray]],
+    *,
+    kernels: bool,
+    threads: int | None = None,
+) -> tuple[int, float]:
+    """Compares each thresholded layer of the main graph with numpy, on what it reads as the model runs.
+
+    Returns:
+        How many layers some row came to, and the largest error relative to the largest magnitude of a layer's output.
+
+    Raises:
+        VerificationError: names the layer.
+    """
+    items = [item for item in acting(model) if not item.inner]
+    copy = model.clone()
+    values = _values(copy)
+    wanted = dict.fromkeys(
+        name for item in items for name in (item.input, item.bound, item.layer) if name
+    )
+    wanted_values = [values[name] for name in wanted if not values[name].is_graph_output()]
+    copy.graph.outputs.extend(value for value in wanted_values if not value.is_initializer())
+    run = Dialled(copy, level_input, threads, kernels)
+    reached: set[str] = set()
+    worst = 0.0
+    for feeds in runs:
+        seen = dict(zip(run.names, run(feeds, level), strict=True))
+        for item in items:
+            x, y = _seen(item.input, seen, feeds, values), _seen(item.layer, seen, feeds, values)
+            if x.size == 0:
+                continue
+            reached.add(item.layer)
+            bound = seen[item.bound] if item.bound else np.zeros(1, x.dtype)
+            worst = max(worst, _error(item, values, x, y, bound))
+    return len(reached), worst
+
+
+def _seen(
+    name: str, seen: dict[str, np.ndarray], feeds: dict[str, np.ndarray], values: dict[str, ir.Value]
+) -> np.ndarray:
+    if name in seen:
+        return seen[name]
+    if name in feeds:
+        return feeds[name]
+    held = values[name].const_value
+    assert held is not None
+    return read_array(held)
+
+
+def _error(
+    item: Acting, values: dict[str, ir.Value], x: np.ndarray, y: np.ndarray, bound: np.ndarray
+) -> float:
+    weight, folded, centre = _numbers(item, values)
+    expected = thresholded_reference(x, weight, bound, centre, folded)
+    scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0)) or 1.0
+    gap = np.abs(y.astype(np.float64) - expected)
+    name = x.dtype.name
+    if name in _COARSE:  # a distance that the body rounds may come to lie on the other side of the threshold
+        distance = np.abs(x.astype(np.float32) - centre.astype(np.float32))
+        near = np.abs(distance - bound.astype(np.float32)) <= _COARSE[name] * np.maximum(distance, 1e-6)
+        gap = gap - np.where(near, distance, 0).astype(np.float64) @ np.abs(weight).astype(np.float64)
+    if y.shape != expected.shape or not np.array_equal(np.isfinite(y), np.isfinite(expected)):
+        raise VerificationError(f"layer '{item.layer}' differs from numpy in shape, or in what is finite")
+    error = float(np.nan_to_num(np.maximum(gap, 0)).max(initial=0.0)) / scale
+    if error > TOLERANCES.get(name, 1e-4):
+        raise VerificationError(
+            f"thresholded layer '{item.layer}' differs from numpy: relative error {error:.2g}",
+            "nothing was written; please report it, this is a fault of sparse-onnx",
+        )
+    return error
+
+
+def _numbers(item: Acting, values: dict[str, ir.Value]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weight ``[K, N]``, folded bias and centre of a layer, as the model holds them."""
+    held = values[item.centre].const_value
+    assert held is not None
+    centre = read_array(held)
+    node = values[item.layer].producer()
+    assert node is not None
+    if is_thresholded(node):
+        tensors = [None if value is None else value.const_value for value in node.inputs[1:]]
+        folded = read_array(tensors[-1])  # type: ignore[arg-type]
+        if len(tensors) == 4:
+            return read_array(tensors[0]), folded, centre  # type: ignore[arg-type]
+        data, scale, zero = tensors[:3]
+        assert data is not None and scale is not None
+        axis, block = attribute(node, "axis"), attribute(node, "block_size")
+        return Quantized(data, scale, zero, axis, block, scale.dtype).dequantized(), folded, centre
+    if item.weight:
+        parts = [values[name].const_value for name in (item.weight, item.folded)]
+        return read_array(parts[0]), read_array(parts[1]), centre  # type: ignore[arg-type]
+    found = layer(node)
+    assert found is not None
+    weight = found.weight.numbers()
+    base = np.zeros(found.weight.outputs)
+    if found.bias is not None and found.bias.const_value is not None:
+        base = read_array(found.bias.const_value).astype(np.float64).reshape(-1)
+    spread = np.broadcast_to(centre.astype(np.float64).reshape(-1), (found.weight.inputs,))
+    return weight, base + spread @ weight.astype(np.float64), centre
