@@ -67,6 +67,12 @@ PIPELINE: tuple[Step, ...] = (
     Step("sparsify", "adapt_top_k", "fewer experts where the router is sure", asked=True),
     Step("sparsify", "quantize_experts", "weights of fewer bits, of the blocks found above", asked=True),
     Step(
+        "sparsify",
+        "insert_thresholds",
+        "inputs that are skipped; behind the others, so that quality is measured with all of them",
+        asked=True,
+    ),
+    Step(
         "lower",
         "repair_scatter_add",
         "ORT's sums are wrong where indices repeat, in a block or anywhere else",

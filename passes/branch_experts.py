@@ -42,8 +42,8 @@ import onnx_ir as ir
 from sparse_onnx.blocks import MoEBlock
 from sparse_onnx.blocks.dispatch import Dispatch, emit_combine, emit_dispatch, joined
 from sparse_onnx.blocks.expert_group import emit_group, emit_heights, emit_rows, groups_of, split
-from sparse_onnx.blocks.expert_tree import emit_loop
 from sparse_onnx.blocks.expert_thresholds import marked
+from sparse_onnx.blocks.expert_tree import emit_loop
 from sparse_onnx.blocks.expert_weights import ExpertWeights, obstacle
 from sparse_onnx.blocks.lowering import Lowering, Problem
 from sparse_onnx.core.errors import UsageError

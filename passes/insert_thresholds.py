@@ -94,7 +94,9 @@ class InsertThresholds(Pass):
             return dataclasses.replace(self.call(model), modified=True)
         if not chosen:
             return Outcome(model, converted, len(every.found), 0, tuple(refusals))
-        self._write(model, chosen, [name for name in self.plan.sites if name not in {s.name for s, *_ in chosen}])
+        self._write(
+            model, chosen, [name for name in self.plan.sites if name not in {s.name for s, *_ in chosen}]
+        )
         rewritten = len(chosen)
         return Outcome(model, True, len(every.found), rewritten, tuple(refusals))
 

@@ -1,4 +1,4 @@
-"""Thresholds of a block's experts: marked on its neutral node, and put in front of the experts' own layers by a lowering.
+"""Thresholds of a block's experts: marked on its neutral node, and put in front of experts' layers by a lowering.
 
 The neutral operators have no thresholds. At level 0 there are none in effect, and so the marked node says what the
 lowered block computes then.

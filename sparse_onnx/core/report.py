@@ -152,6 +152,56 @@ class TuningRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class SiteRecord:
+    """What one or several layers skip that read the same inputs.
+
+    `layers` counts matrices, `centre` says what counts as nothing. Shares are of inputs: `expected` from calibration,
+    `measured` on the evaluation data with the thresholds of all layers in effect, None without any. `bytes` of weights
+    are read for one token where nothing is skipped, and `bytes_skipped` of them are not, on average.
+    """
+
+    name: str
+    layers: int
+    centre: str
+    expected: float
+    measured: float | None
+    bytes: int
+    bytes_skipped: int
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityRecord:
+    """One metric on evaluation data: of the result at its level, and of the dense model. `tokens` counts what was
+    compared; `budget` is what was asked for, and `kept` whether it is."""
+
+    metric: str
+    value: float
+    dense: float
+    tokens: int
+    budget: str | None
+    kept: bool | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ThresholdsRecord:
+    """Thresholds that were put into a model. `bytes` are of all calibrated weights that one token reads, and
+    `share_skipped` of them are not read, as `measured` on data or as calibration expects."""
+
+    calibration: str
+    method: str
+    mode: str
+    level: int
+    level_input: str
+    dense_first: int | None
+    bytes: int
+    bytes_skipped: int
+    share_skipped: float
+    measured: bool
+    quality: list[QualityRecord]
+    sites: list[SiteRecord]
+
+
+@dataclasses.dataclass(frozen=True)
 class PlacementRecord:
     provider: str
     nodes: int
@@ -167,6 +217,7 @@ class Report:
     refusals: list[Refusal] = dataclasses.field(default_factory=list)
     passes: list[PassRecord] = dataclasses.field(default_factory=list)
     tuning: TuningRecord | None = None
+    thresholds: ThresholdsRecord | None = None
     verify: VerifyRecord | None = None
     bench: BenchRecord | None = None
     placement: list[PlacementRecord] | None = None
@@ -186,6 +237,7 @@ class Report:
             "refusals": [refusal.to_json() for refusal in self.refusals],
             "passes": [_plain(record) for record in self.passes],
             "tuning": _plain(self.tuning),
+            "thresholds": _plain(self.thresholds),
             "verify": _plain(self.verify),
             "bench": _plain(self.bench),
             "placement": None if self.placement is None else [_plain(record) for record in self.placement],

@@ -13,30 +13,25 @@ import onnx_ir as ir
 from sparse_onnx import targets
 from sparse_onnx.blocks import neutral_blocks
 from sparse_onnx.blocks.lowering import Form, want
-from sparse_onnx.core.collector import paused
-from sparse_onnx.core.errors import ImpossibleError, UsageError, VerificationError
-from sparse_onnx.core.passes import Outcome
-from sparse_onnx.core.report import PlacementRecord, Report, TuningRecord, VerifyRecord
+from sparse_onnx.core.errors import UsageError, VerificationError
+from sparse_onnx.core.report import Report, TuningRecord, VerifyRecord
 from sparse_onnx.graph import files, genai, io, stats
-from sparse_onnx.graph.annotate import annotate
 from sparse_onnx.graph.save import place
 from sparse_onnx.graph.valid import invalid
 from sparse_onnx.inspect.blocks import block_records
 from sparse_onnx.optimize import runner, tuning_file
 from sparse_onnx.optimize.candidates import kinds
+from sparse_onnx.optimize.checks import OUR_FAULT, Checks, Verify, require_dtypes
 from sparse_onnx.optimize.choose import choose, parse_form
 from sparse_onnx.optimize.prepacked import save_prepacked
 from sparse_onnx.optimize.resident import note, residency
+from sparse_onnx.optimize.thresholds import Thresholds, request
 from sparse_onnx.optimize.tuning_file import TuningFile
 from sparse_onnx.passes import Phase
 from sparse_onnx.passes.fuse_moe_op import REQUIRES_KEY
-from sparse_onnx.passes.repair_scatter_add import RepairScatterAdd
+from sparse_onnx.passes.insert_thresholds import InsertThresholds
+from sparse_onnx.sparsify.plan import Plan
 from sparse_onnx.targets import machine
-from sparse_onnx.verify.lowering import verify_lowering
-
-Verify = Literal["each", "final", "none"]
-
-_OUR_FAULT = "nothing was written; please report it, this is a fault of sparse-onnx"
 
 
 def optimize(
@@ -55,6 +50,15 @@ def optimize(
     tokens: Sequence[int] = (1, 64),
     threads: int | None = None,
     tuning: str | os.PathLike[str] | None = None,
+    thresholds: str | os.PathLike[str] | None = None,
+    budget: str | None = None,
+    sparsity: float | None = None,
+    eval_data: Sequence[str | os.PathLike[str]] = (),
+    method: str = "scap",
+    allocation: str = "greedy",
+    threshold_mode: str = "native",
+    dense_first: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Rewrites a model so that the target neither computes nor reads what is not active.
@@ -75,13 +79,22 @@ def optimize(
         tokens: token counts that tuning measures at, all equally important.
         threads: of the sessions that tuning measures; None takes all processors.
         tuning: a file of measurements: with `tune` they are kept there, without it they decide.
+        thresholds: what `calibrate` measured of the model: layers skip inputs near a centre, a lossy step.
+        budget: the quality that thresholds must keep, as `perplexity<=2%`; see `optimize.quality`.
+        sparsity: or the share of the bytes of linear weights that they are to skip.
+        eval_data: files that calibration has not seen, which quality and sparsity are measured on.
+        method: of the thresholds: `scap`, `teal`, `topk` or `relu`.
+        allocation: over layers: `greedy` by error for bytes, or `uniform`.
+        threshold_mode: `native`, `gather` or `simulate`.
+        dense_first: so many first positions, and all of prefill, skip nothing; None: every token skips.
+        tokenizer: of `eval_data`, where none lies beside the model.
         progress: called with a line at each step.
 
     Raises:
         UsageError: unknown target, form, pass or option.
         ModelError: the model is unreadable, unsafe or broken.
-        VerificationError: the result differs; nothing was written.
-        ImpossibleError: the target cannot run the result.
+        VerificationError: the result differs, or misses its budget; nothing was written.
+        ImpossibleError: the target cannot run the result, or so much cannot be skipped.
     """
     if out is None and not dry_run:
         raise UsageError("no OUT given", "name the file to write, or ask for a dry run")
@@ -94,6 +107,22 @@ def optimize(
     settings = {name: dict(chosen) for name, chosen in (passes or {}).items()}
     if quantize is not None:
         settings.setdefault("quantize_experts", {})["bits"] = quantize.removeprefix("int")
+    skipping = None
+    if thresholds is not None:
+        skipping = request(
+            thresholds,
+            budget=budget,
+            sparsity=sparsity,
+            evaluation=eval_data,
+            method=method,
+            allocation=allocation,
+            mode=threshold_mode,
+            dense_first=dense_first,
+            tokenizer=tokenizer,
+        )
+        settings.setdefault("insert_thresholds", {})
+    elif budget is not None or sparsity is not None or eval_data or dense_first is not None:
+        raise UsageError("thresholds come from a calibration", "--thresholds CALIB.json names it")
     planned = runner.plan(profile.forms, settings, skip)
     measured = TuningFile(tuning) if tuning is not None else None
     if measured is not None and not tune and not measured.entries:
@@ -103,9 +132,23 @@ def optimize(
     model = io.load(source)
     report = Report("optimize", target=profile.name, model=stats.record(model, os.fspath(source)))
 
-    checks = _Checks(verify, profile, source, progress)
+    checks = Checks(verify, profile, source, progress)
+    skips = None
+    if skipping is not None:
+        assert report.model is not None and report.model.fingerprint is not None
+        skips = Thresholds(skipping, io.load(source), source, report.model.fingerprint, threads, progress)
+
+    def build(copy: ir.Model, plan: Plan) -> None:
+        """A copy at the beginning of the lossy steps, as it will be deployed but for the plan."""
+        steps = [
+            _with_plan(item, plan) for item in planned if item.step.phase in ("sparsify", "lower", "finish")
+        ]
+        runner.run(copy, steps, before=lambda phase, each: _chosen(phase, each, profile, asked))
 
     def before(phase: Phase, model: ir.Model) -> None:
+        if phase == "sparsify" and skips is not None:
+            plan = skips.choose(model, build)
+            planned[:] = [_with_plan(item, plan) for item in planned]
         if phase == "lower":
             found: dict[str, Form] = {}
             if tune or measured is not None:
@@ -133,10 +176,13 @@ def optimize(
         report.verify = VerifyRecord("none", None)
         report.notes.append(_nothing_to_do(report))
     else:
-        _require_dtypes(model, profile)
+        require_dtypes(model, profile)
         _require_valid(model, source)
         report.verify = checks.finish(model)
         report.placement = checks.placement
+        if skips is not None:
+            report.thresholds, notes = skips.finish(model)
+            report.notes += notes
         report.notes += [*result.notes, *checks.notes]
         if REQUIRES_KEY in model.metadata_props:
             report.notes.append(f"the result needs {model.metadata_props[REQUIRES_KEY]}")
@@ -169,6 +215,17 @@ def optimize(
     if was_packed:
         report.notes.append("packed weights of the input are left out: --weights prepacked makes them again")
     return report
+
+
+def _with_plan(item: runner.Planned, plan: Plan) -> runner.Planned:
+    if isinstance(item.run, InsertThresholds):
+        return dataclasses.replace(item, run=dataclasses.replace(item.run, plan=plan))
+    return item
+
+
+def _chosen(phase: Phase, model: ir.Model, profile: targets.TargetProfile, asked: Form | None) -> None:
+    if phase == "lower":
+        choose(model, profile, asked, {})
 
 
 def _tuned(
@@ -221,14 +278,6 @@ def _tuned(
     return record, {name: item.chosen for item in found for name in item.kind.names}
 
 
-def _require_dtypes(model: ir.Model, profile: targets.TargetProfile) -> None:
-    if "bfloat16" not in profile.dtypes and _holds(model, ir.DataType.BFLOAT16):
-        raise ImpossibleError(
-            f"target '{profile.name}' has no bfloat16 arithmetic, and the model has bfloat16 weights",
-            "export with --dtype float32 or --dtype float16",
-        )
-
-
 def _require_valid(model: ir.Model, source: str | os.PathLike[str]) -> None:
     """Before anything of the old model is replaced, whatever the user asked to be verified.
 
@@ -236,17 +285,13 @@ def _require_valid(model: ir.Model, source: str | os.PathLike[str]) -> None:
     """
     reason = invalid(model)
     if reason and not invalid(io.load(source)):
-        raise VerificationError(f"the optimized model is not valid: {reason}", _OUR_FAULT)
+        raise VerificationError(f"the optimized model is not valid: {reason}", OUR_FAULT)
 
 
 def _nothing_to_do(report: Report) -> str:
     if report.refusals:
         return f"nothing rewritten: {len(report.refusals)} refused, copied as it is (--explain says why)"
     return "nothing to do: no sparse block that this target runs better in another form"
-
-
-def _holds(model: ir.Model, dtype: ir.DataType) -> bool:
-    return any(value.dtype == dtype for graph in model.graphs() for value in graph.initializers.values())
 
 
 def _multiplies(model: ir.Model, dtype: ir.DataType) -> bool:
@@ -256,83 +301,3 @@ def _multiplies(model: ir.Model, dtype: ir.DataType) -> bool:
         for graph in model.graphs()
         for value in graph.initializers.values()
     )
-
-
-class _Checks:
-    """Compares lowered models with what they were lowered from, at the times that the user asked for.
-
-    Models that run whole are compared with the original itself; larger ones, block by block, with the neutral form
-    that the exact passes before the lowering made of it.
-    """
-
-    def __init__(
-        self,
-        when: Verify,
-        profile: targets.TargetProfile,
-        source: str | os.PathLike[str],
-        progress: Callable[[str], None] | None,
-    ) -> None:
-        self.when, self.profile, self.source, self.progress = when, profile, source, progress
-        self.original: ir.Model | None = None
-        self.neutral: ir.Model | None = None
-        self.placement: list[PlacementRecord] | None = None
-        self.notes: list[str] = []
-
-    def before(self, phase: Phase, model: ir.Model) -> None:
-        """Called before the first pass of each phase."""
-        if phase == "lower" and self.when == "final":
-            self.neutral = _copy(model)
-
-    def after(self, phase: Phase, item: runner.Planned, model: ir.Model, outcome: Outcome) -> None:
-        """Called behind each pass that changed the model."""
-        del outcome
-        if self.when == "none" or phase == "finish":
-            return
-        if self.when == "each" and phase != "sparsify":
-            _require_dtypes(model, self.profile)
-            self._compare(model, f"the model behind pass '{item.step.name}'")
-        if phase == "sparsify" or (phase != "lower" and self.when == "each"):
-            self.neutral = _copy(model)
-        if phase == "sparsify":  # a lossy step is measured against its budget, not here
-            self.original = self.neutral
-
-    def finish(self, model: ir.Model) -> VerifyRecord:
-        if self.when == "none":
-            return VerifyRecord("none", None)
-        return self._compare(model, "the optimized model")
-
-    def _compare(self, model: ir.Model, what: str) -> VerifyRecord:
-        if self.progress is not None:
-            self.progress(f"verifying {what}")
-        if self.original is None:  # read again rather than copied: most models need neither
-            self.original = _reference(self.source)
-        record, note = verify_lowering(
-            self.original,
-            self.neutral or self.original,
-            model,
-            provider=self.profile.provider,
-            progress=self.progress,
-        )
-        if note and note not in self.notes:
-            self.notes.append(note)
-        if not record.passed:
-            raise VerificationError(f"{what} differs from its original: {record.failure}", _OUR_FAULT)
-        self.placement = [PlacementRecord(self.profile.provider, stats.node_count(model))]
-        return record
-
-
-def _reference(source: str | os.PathLike[str]) -> ir.Model:
-    """The model as it was, with sums that ORT gets right."""
-    model = io.load(source)
-    with paused():
-        annotate(model)
-        RepairScatterAdd()(model)
-    return model
-
-
-def _copy(model: ir.Model) -> ir.Model:
-    """The model in neutral form, with sums that ORT gets right."""
-    with paused():
-        copy = model.clone()
-        RepairScatterAdd()(copy)
-    return copy

@@ -26,8 +26,10 @@ Feeds = dict[str, np.ndarray]
 Run = Callable[[Feeds, int], list[np.ndarray]]
 
 BUILT_IN = ("perplexity", "top1", "cosine")
-_FORM = re.compile(r"(?P<metric>.+?)(?P<sign><=|>=)(?P<number>[+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)(?P<percent>%?)")
-_CONTRACT = "expected METRIC<=X or METRIC>=X, such as perplexity<=2% (above the dense model's), top1>=0.95, cosine>=0.99"
+_FORM = re.compile(
+    r"(?P<metric>.+?)(?P<sign><=|>=)(?P<number>[+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)(?P<percent>%?)"
+)
+_CONTRACT = "expected such as perplexity<=2% (above the dense model's), top1>=0.95 or cosine>=0.99"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,9 @@ class Budget:
         if metric not in BUILT_IN and ":" not in metric:
             raise UsageError(f"unknown metric '{metric}'", f"one of {', '.join(BUILT_IN)}, or FILE.py:NAME")
         if metric in BUILT_IN and upper != (metric == "perplexity"):
-            raise UsageError(f"{metric} is better the {'lower' if metric == 'perplexity' else 'higher'} it is", _CONTRACT)
+            raise UsageError(
+                f"{metric} is better the {'lower' if metric == 'perplexity' else 'higher'} it is", _CONTRACT
+            )
         if metric in ("top1", "cosine") and not -1 <= bound <= 1:
             raise UsageError(f"{metric} is never {bound:g}", _CONTRACT)
         return Budget(metric, upper, bound, percent and metric == "perplexity")
@@ -104,7 +108,9 @@ class Judge:
         self._user: Callable[..., Any] | None = None
         if metric not in BUILT_IN:
             place, _, name = metric.rpartition(":")
-            self._user = users.imported(place, name, "expected a function (run, feeds) -> float", "the metric")
+            self._user = users.imported(
+                place, name, "expected a function (run, feeds) -> float", "the metric"
+            )
         self._dense: list[tuple[float, int]] | float | None = None
 
     def __call__(self, level: int) -> Measured:
@@ -148,9 +154,16 @@ class Judge:
         """Sum of -log p over the tokens that something predicts, and how many they are."""
         ids = feeds.get("input_ids")
         if ids is None or ids.ndim != 2:
-            raise ImpossibleError("perplexity needs an input 'input_ids' [batch, sequence]", "take top1 or cosine")
+            raise ImpossibleError(
+                "perplexity needs an input 'input_ids' [batch, sequence]", "take top1 or cosine"
+            )
         logits = self._first(self.run(feeds, level))
-        if logits.ndim != 3 or logits.shape[:2] != ids.shape or ids.size == 0 or ids.max() >= logits.shape[-1]:
+        if (
+            logits.ndim != 3
+            or logits.shape[:2] != ids.shape
+            or ids.size == 0
+            or ids.max() >= logits.shape[-1]
+        ):
             raise ImpossibleError(
                 f"perplexity needs logits [batch, sequence, vocabulary], and the first output is {logits.shape}",
                 "take top1 or cosine",
@@ -188,16 +201,19 @@ class Judge:
                 "give a function of your own: FILE.py:NAME",
             )
         if not np.isfinite(first).all():
-            raise ImpossibleError(f"{self.metric} of outputs that are not finite means nothing", "check the data")
+            raise ImpossibleError(
+                f"{self.metric} of outputs that are not finite means nothing", "check the data"
+            )
         return first
 
 
 def _mask(feeds: Feeds, shape: tuple[int, ...]) -> np.ndarray:
     """Which rows are tokens: ``[B, S]`` of the attention mask where rows have that shape, else all."""
     given = feeds.get("attention_mask")
-    if given is not None and given.ndim == 2 and len(shape) == 2 and given.shape[0] == shape[0]:
-        if given.shape[1] >= shape[1]:
-            return given[:, given.shape[1] - shape[1] :] > 0
+    if given is None or given.ndim != 2 or len(shape) != 2:
+        return np.ones(shape, np.bool_)
+    if given.shape[0] == shape[0] and given.shape[1] >= shape[1]:
+        return given[:, given.shape[1] - shape[1] :] > 0
     return np.ones(shape, np.bool_)
 
 

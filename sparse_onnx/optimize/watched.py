@@ -131,9 +131,7 @@ def check_layers(
     items = [item for item in acting(model) if not item.inner]
     copy = model.clone()
     values = _values(copy)
-    wanted = dict.fromkeys(
-        name for item in items for name in (item.input, item.bound, item.layer) if name
-    )
+    wanted = dict.fromkeys(name for item in items for name in (item.input, item.bound, item.layer) if name)
     wanted_values = [values[name] for name in wanted if not values[name].is_graph_output()]
     copy.graph.outputs.extend(value for value in wanted_values if not value.is_initializer())
     run = Dialled(copy, level_input, threads, kernels)

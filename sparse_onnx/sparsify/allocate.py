@@ -12,6 +12,7 @@ is the least sum there is: the steps of each group are those of the lower convex
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -104,7 +105,7 @@ def _hull(group: int, curve: Curve) -> list[_Step]:
         corners.append(at)
     return [
         _Step(group, float(x[a]), float(x[b]), float((y[b] - y[a]) / (x[b] - x[a]) / curve.bytes))
-        for a, b in zip(corners, corners[1:], strict=False)
+        for a, b in itertools.pairwise(corners)
     ]
 
 

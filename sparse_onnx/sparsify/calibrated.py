@@ -7,9 +7,9 @@
 | topk | of each token the inputs of the largest size are kept | 0 |
 | relu | exact zeros alone are skipped: nothing is lost, and networks with ReLU have many | 0 |
 
-Thresholds above 0 behind a Relu are FATReLU, and behind a ThresholdedRelu the same with a larger alpha: `scap` and `teal`
-raise them from the zeros that are there. Centres are compared by the error of the layers' outputs on held-out rows, each
-at the sparsity that its site gets; 0 is always among them, since a centre that helps one layer ruins another.
+Thresholds above 0 behind a Relu are FATReLU, and behind a ThresholdedRelu the same with a larger alpha: `scap` and
+`teal` raise them from the zeros that are there. Centres are compared by the error of the layers' outputs on held-out
+rows, each at the sparsity that its site gets; 0 is always among them: a centre that helps one layer ruins another.
 """
 
 from __future__ import annotations
@@ -122,9 +122,7 @@ def _level(costs: Costs, plans: dict[str, SitePlan], sparsity: float, least: flo
     return int(reached[0])
 
 
-def _allocated(
-    costs: Costs, method: Method, allocation: Allocation, about: int
-) -> tuple[list[str], Floats]:
+def _allocated(costs: Costs, method: Method, allocation: Allocation, about: int) -> tuple[list[str], Floats]:
     """The centre of each site, and the path."""
     names = CENTRES if method == "scap" else ("zero",)
     share = greedy if allocation == "greedy" else uniform

@@ -73,7 +73,9 @@ def _rows(
     emit: Emitter, tables: Sequence[np.ndarray], dtype: ir.DataType, level: ir.Value
 ) -> Sequence[ir.Value]:
     parts = [table.reshape(LEVELS, -1) for table in tables]
-    tensor = ir.Tensor(np.concatenate(parts, axis=1).astype(dtype.numpy()), dtype, name=f"{INPUT}.{dtype.name.lower()}")
+    tensor = ir.Tensor(
+        np.concatenate(parts, axis=1).astype(dtype.numpy()), dtype, name=f"{INPUT}.{dtype.name.lower()}"
+    )
     table = emit.names.initializer(emit.graph, (INPUT, dtype), tensor)
     row = emit.op("Gather", table, level, axis=0)
     if len(parts) == 1:

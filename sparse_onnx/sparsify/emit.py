@@ -97,9 +97,7 @@ def _gathered(
     then, other = inside(emit, "one"), inside(emit, "several")
     flat = then.op("Reshape", then.op("Not", skipped), then.ints(-1))
     rows = then.op("Reshape", then.op("NonZero", flat), then.ints(-1))
-    few = then.op(
-        "MatMul", then.op("Gather", kept, rows, axis=-1), then.op("Gather", weight, rows, axis=0)
-    )
+    few = then.op("MatMul", then.op("Gather", kept, rows, axis=-1), then.op("Gather", weight, rows, axis=0))
     many = other.op("MatMul", kept, weight)
     told = () if x.shape is None else ((dtype, [None] * len(x.shape)),)
     [product] = emit_if(emit, single, Branch(then, [few]), Branch(other, [many]), told)

@@ -48,9 +48,12 @@ class Clock:
         given = [value for value in model.graph.inputs if not value.is_initializer()]
         named = {value.name or "": value for value in given if value.shape is not None}
         tokens = next(
-            (named[name] for name, rank in _TOKENS.items() if name in named and _rank(named[name]) == rank), None
+            (named[name] for name, rank in _TOKENS.items() if name in named and _rank(named[name]) == rank),
+            None,
         )
-        past = next((value for name, value in named.items() if _PAST.search(name) and _rank(value) == 4), None)
+        past = next(
+            (value for name, value in named.items() if _PAST.search(name) and _rank(value) == 4), None
+        )
         if past is None:
             raise ImpossibleError(
                 "nothing can stay dense: the model has no key/value cache, so every run sees whole sequences",
@@ -76,7 +79,9 @@ class Clock:
         dense = emit.op("Greater", count, _int(emit, 1))
         if first <= 0:
             return dense
-        early = emit.op("Cast", emit.op("Less", self._cached(emit, count), _int(emit, first)), to=ir.DataType.INT64)
+        early = emit.op(
+            "Cast", emit.op("Less", self._cached(emit, count), _int(emit, first)), to=ir.DataType.INT64
+        )
         # A sum, not a minimum: of no sequences there is none.
         some = emit.op("Greater", emit.op("ReduceSum", early, keepdims=0), _int(emit, 0))
         return emit.op("Or", dense, some)

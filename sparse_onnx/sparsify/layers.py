@@ -1,4 +1,4 @@
-"""Linear layers that skip inputs near their site's centre: of a graph as it stands, and of experts being written out."""
+"""Linear layers that skip inputs near their site's centre: of a graph as it stands, and of experts."""
 
 from __future__ import annotations
 
@@ -173,7 +173,9 @@ class Writer:
     def _drop(self, layer: Layer) -> None:
         """The layer's nodes that nothing reads any more, and the weights in the order that they had."""
         for node in reversed(layer.nodes):
-            if node.graph is not None and not any(value.uses() or value.is_graph_output() for value in node.outputs):
+            if node.graph is not None and not any(
+                value.uses() or value.is_graph_output() for value in node.outputs
+            ):
                 node.graph.remove(node, safe=True)
         for value in layer.weight.values:
             reader = next(iter(value.uses()), None)
@@ -202,7 +204,8 @@ def _biased(layer: Layer) -> tuple[ir.Node, ir.Value | None]:
     if adding is not None and adding.op_type == "Add" and adding.domain == "" and adding.graph is last.graph:
         for product, constant in pairs(adding):
             held = tensor(constant)
-            if product is layer.output and held is not None and stored_bias(constant) is not None:
-                if tuple(held.shape.numpy()) == (layer.weight.outputs,) and held.dtype == layer.input.dtype:
-                    return adding, constant
+            if product is not layer.output or held is None or stored_bias(constant) is None:
+                continue
+            if tuple(held.shape.numpy()) == (layer.weight.outputs,) and held.dtype == layer.input.dtype:
+                return adding, constant
     return last, None

@@ -75,9 +75,7 @@ def test_no_choice_of_steps_is_better(increments: list[list[float]], data: st.Da
     """On the hull greedy is optimal: no combination of tried sparsities skips as much with less error."""
     steps = np.array([0, 0.25, 0.5, 0.75, 1.0])
     sizes = [data.draw(st.sampled_from([1.0, 2.0, 5.0])) for _ in increments]
-    curves = [
-        Curve(size, steps, np.cumsum([0, *each])) for size, each in zip(sizes, increments, strict=True)
-    ]
+    curves = [Curve(size, steps, np.cumsum([0, *each])) for size, each in zip(sizes, increments, strict=True)]
     path = greedy(curves)
     assert (np.diff(path, axis=0) >= 0).all()
     level = data.draw(st.integers(0, 100))

@@ -1,0 +1,358 @@
+"""`optimize --thresholds`: from a calibration and a wish to thresholds in the model, measured and verified.
+
+A budget is searched for on one half of the evaluation data, on a copy of the model in which inputs are put to their
+centre and all layers stay as they are; the finished model is measured on the other half, and that is what is reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from sparse_onnx.calibrate.data import Data
+from sparse_onnx.core.calibration import Calibration
+from sparse_onnx.core.calibration_file import read_calibration
+from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError, UsageError, VerificationError
+from sparse_onnx.core.report import QualityRecord, SiteRecord, ThresholdsRecord
+from sparse_onnx.graph.annotate import annotate
+from sparse_onnx.kernels import path as kernel_path
+from sparse_onnx.optimize.quality import Budget, Feeds, Judge, Measured
+from sparse_onnx.optimize.watched import Dialled, Seen, check_layers, measure_skipping
+from sparse_onnx.sparsify.calibrated import ALLOCATIONS, METHODS, Allocation, Costs, Method, make_plan
+from sparse_onnx.sparsify.dial import set_level
+from sparse_onnx.sparsify.guard import Clock, keep_dense
+from sparse_onnx.sparsify.plan import MODES, Mode, Plan
+from sparse_onnx.sparsify.record import acting, by_site, thresholds_of
+from sparse_onnx.verify.inputs import sized_inputs
+
+#: Builds the model with these thresholds as it will be deployed, from one that was prepared and recognised.
+Build = Callable[[ir.Model, Plan], None]
+
+_HIGHEST = 95  # of the levels: beyond, no sparsity was calibrated
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asked for. `evaluation` names files that calibration has not seen; `tokenizer` reads them where
+    they are text and none lies beside the model; `dense_first` is None where all tokens skip inputs."""
+
+    calibration: Calibration
+    path: str
+    budget: Budget | None
+    sparsity: float | None
+    evaluation: tuple[str, ...]
+    method: Method
+    allocation: Allocation
+    mode: Mode
+    dense_first: int | None
+    tokenizer: str | None = None
+
+
+def request(
+    path: str | os.PathLike[str],
+    *,
+    budget: str | None,
+    sparsity: float | None,
+    evaluation: Sequence[str | os.PathLike[str]],
+    method: str,
+    allocation: str,
+    mode: str,
+    dense_first: int | None,
+    tokenizer: str | os.PathLike[str] | None,
+) -> Request:
+    """
+    Raises:
+        UsageError: options that contradict each other, or values that do not exist.
+        ModelError: the file is no calibration.
+    """
+    for what, value, known in (
+        ("method", method, METHODS),
+        ("allocation", allocation, ALLOCATIONS),
+        ("threshold mode", mode, MODES),
+    ):
+        if value not in known:
+            raise UsageError(f"unknown {what} '{value}'", f"one of: {', '.join(known)}")
+    if budget is not None and sparsity is not None:
+        raise UsageError("a budget and a sparsity are two ways to say how much", "give one of them")
+    if budget is None and sparsity is None and method != "relu":
+        raise UsageError(
+            "nothing says how much may be skipped", "--budget 'perplexity<=2%' or --sparsity 0.25"
+        )
+    if method == "relu" and (sparsity is not None or budget is not None):
+        raise UsageError(
+            "the method 'relu' skips the exact zeros, and loses nothing", "leave out --sparsity and --budget"
+        )
+    if budget is not None and not evaluation:
+        raise UsageError(
+            "a budget is measured on data", "--eval-data names files that calibration has not seen"
+        )
+    if dense_first is not None and dense_first < 0:
+        raise UsageError(f"{dense_first} first positions", "0 keeps prefill alone dense")
+    return Request(
+        read_calibration(path),
+        os.fspath(path),
+        None if budget is None else Budget.parse(budget),
+        sparsity,
+        tuple(map(os.fspath, evaluation)),
+        method,  # type: ignore[arg-type]
+        allocation,  # type: ignore[arg-type]
+        mode,  # type: ignore[arg-type]
+        dense_first,
+        None if tokenizer is None else os.fspath(tokenizer),
+    )
+
+
+class Thresholds:
+    """One run of `optimize` with thresholds.
+
+    Args:
+        asked: what is wanted.
+        model: as it was loaded, to read the evaluation data for.
+        source: its path.
+        fingerprint: of it.
+        threads: of sessions that measure.
+        progress: called with a line at each step.
+
+    Raises:
+        UsageError: the calibration is of another model, or the data cannot be used.
+        ImpossibleError: first positions that the model cannot tell.
+    """
+
+    def __init__(
+        self,
+        asked: Request,
+        model: ir.Model,
+        source: str | os.PathLike[str],
+        fingerprint: str,
+        threads: int | None,
+        progress: Callable[[str], None] | None,
+    ) -> None:
+        self.asked, self.source, self.threads = asked, Path(source), threads
+        self.say = progress or (lambda line: None)
+        asked.calibration.require_model(fingerprint, asked.path)
+        if asked.dense_first is not None:
+            Clock.of(model)
+        self.evaluation: list[Feeds] = []
+        if asked.evaluation:
+            annotate(model)
+            data = Data(model, asked.evaluation, model_path=source, tokenizer=asked.tokenizer)
+            _require_held_out(data.files, asked.calibration)
+            self.evaluation = [run.feeds for run in data]
+            if asked.budget is not None and len(self.evaluation) < 2:
+                raise UsageError(
+                    "the evaluation data are one run: a budget needs two, to search on and to measure on",
+                    "give more --eval-data",
+                )
+        self.quality: list[QualityRecord] = []
+        self.plan: Plan | None = None
+
+    @property
+    def search_half(self) -> list[Feeds]:
+        return self.evaluation[::2] if self.asked.budget is not None else []
+
+    @property
+    def measure_half(self) -> list[Feeds]:
+        return self.evaluation[1::2] if self.asked.budget is not None else self.evaluation
+
+    def choose(self, model: ir.Model, build: Build) -> Plan:
+        """The plan. `model` is prepared and recognised, and left as it is; `build` makes copies of it runnable.
+
+        Raises:
+            VerificationError: no level meets the budget.
+            ImpossibleError: so much cannot be skipped.
+        """
+        asked = self.asked
+        if asked.budget is None:
+            level, sparsity = None, asked.sparsity
+        else:
+            level, sparsity = self._search(model, build), None
+        self.plan = make_plan(
+            asked.calibration,
+            sparsity=sparsity,
+            level=level,
+            method=asked.method,
+            allocation=asked.allocation,
+            mode=asked.mode,
+        )
+        if not any(site.sparsity[self.plan.level] >= self.plan.least for site in self.plan.sites.values()):
+            least = f"{self.plan.least:.0%}"
+            if asked.budget is not None:
+                raise VerificationError(
+                    f"within {asked.budget} no layer skips {least} of its inputs, below which nothing is gained",
+                    "allow more, or take another method; nothing was written",
+                )
+            raise ImpossibleError(
+                f"no layer skips {least} of its inputs, below which nothing is gained in this mode",
+                "ask for more",
+            )
+        return self.plan
+
+    def _search(self, model: ir.Model, build: Build) -> int:
+        """The largest level that keeps the budget by a standard error, on the half that is searched on."""
+        asked = self.asked
+        assert asked.budget is not None
+        plan = make_plan(
+            asked.calibration,
+            level=None,
+            method=asked.method,
+            allocation=asked.allocation,
+            mode="simulate",
+        )
+        copy = model.clone()
+        build(copy, plan)
+        record = thresholds_of(copy)
+        if record is None:
+            raise ImpossibleError("no layer of this model can be thresholded", "--explain says why")
+        run = Dialled(copy, record.level_input, self.threads)
+        judge = Judge(asked.budget.metric, run, run.names, self.search_half)
+        low, high = 0, _HIGHEST + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = judge(middle)
+            good = _safely(asked.budget, found)
+            self.say(f"level {middle}: {asked.budget.metric} {found.value:.6g}, dense {found.dense:.6g}")
+            low, high = (middle, high) if good else (low, middle)
+        if low == 0:
+            found = judge(1)
+            raise VerificationError(
+                f"no level keeps {asked.budget}: {found.value:.6g} at level 1, {found.dense:.6g} of the dense model",
+                "allow more, or calibrate on more data; nothing was written",
+            )
+        return low
+
+    def finish(self, model: ir.Model) -> tuple[ThresholdsRecord, list[str]]:
+        """Measures, checks and sets the finished model, which runs at level 0 so far.
+
+        Raises:
+            VerificationError: a layer is not what numpy says, or the budget is missed.
+        """
+        plan, record = self.plan, thresholds_of(model)
+        assert plan is not None
+        if record is None:
+            raise ImpossibleError("no layer of this model can be thresholded", "--explain says why")
+        notes = [self._check(model, record.level_input, plan.level)]
+        if self.evaluation:
+            self.say("measuring quality and what is skipped")
+            self._measure(model, record.level_input, plan.level)
+        seen = (
+            measure_skipping(model, record.level_input, plan.level, self.measure_half, self.threads)
+            if self.evaluation
+            else {}
+        )
+        set_level(model, record.level_input, plan.level)
+        if self.asked.dense_first is not None:
+            keep_dense(model, self.asked.dense_first)
+        if plan.mode == "simulate":
+            notes.append(
+                "simulated thresholds: for accuracy studies; nothing is skipped, and nothing is faster"
+            )
+        if plan.mode == "native":
+            notes.append(
+                "fast with the native kernels (`sparse-onnx kernels build`, sparse_onnx.register_kernels); "
+                "without them right, and not faster"
+            )
+        return self._record(model, plan, record.level_input, seen), notes
+
+    def _check(self, model: ir.Model, level_input: str, level: int) -> str:
+        self.say("comparing each thresholded layer with numpy")
+        runs = self.evaluation[:1] + [sized_inputs(model, 1, size, seed=size) for size in (1, 6)]
+        reached, worst = 0, 0.0
+        for kernels in (False, True) if _built() and self.asked.mode == "native" else (False,):
+            count, error = check_layers(
+                model, level_input, level, runs, kernels=kernels, threads=self.threads
+            )
+            reached, worst = max(reached, count), max(worst, error)
+        watched = [item for item in acting(model) if not item.inner]
+        missed = len(acting(model)) - reached
+        how = (
+            "native kernels and function bodies" if _built() and self.asked.mode == "native" else "the model"
+        )
+        error_of = f"{how}, largest relative error {worst:.1e}"
+        text = f"{reached} thresholded layers agree with numpy at level {level} ({error_of})"
+        if missed:
+            inner = len(acting(model)) - len(watched)
+            text += f"; {missed} were not reached, {inner} of them in the bodies of If, Loop or Scan"
+        return text
+
+    def _measure(self, model: ir.Model, level_input: str, level: int) -> None:
+        budget = self.asked.budget
+        run = Dialled(model, level_input, self.threads)
+        metrics = [budget.metric] if budget is not None else []
+        for metric in (*metrics, *(name for name in ("perplexity", "top1", "cosine") if name not in metrics)):
+            try:
+                found = Judge(metric, run, run.names, self.measure_half)(level)
+            except SparseOnnxError:
+                if budget is not None and metric == budget.metric:
+                    raise
+                continue  # a metric that nobody asked for, and that these outputs do not have
+            own = budget if budget is not None and metric == budget.metric else None
+            held = None if own is None else own.met(found.value, found.dense)
+            self.quality.append(
+                QualityRecord(
+                    metric, found.value, found.dense, found.tokens, None if own is None else str(own), held
+                )
+            )
+            if own is not None and not held:
+                raise VerificationError(
+                    f"the budget {own} is missed on the half of the data that was held out: {found.value:.6g} at level "
+                    f"{level}, {found.dense:.6g} of the dense model",
+                    "allow more, or give more evaluation data; nothing was written",
+                )
+
+    def _record(
+        self, model: ir.Model, plan: Plan, level_input: str, seen: dict[str, Seen]
+    ) -> ThresholdsRecord:
+        costs = Costs.of(self.asked.calibration)
+        reads = {site.name: read for site, read in zip(costs.sites, costs.reads, strict=True)}
+        total = {site.name: site.bytes for site in costs.sites}
+        rows = []
+        for name, items in by_site(acting(model)).items():
+            site = plan.sites[name]
+            measured = seen[name].share if name in seen else None
+            expected = float(site.sparsity[plan.level])
+            # Of a site with layers that were refused, those that were not; of experts, one token's.
+            share = min(1.0, sum(item.nbytes for item in items) / max(1, total[name]))
+            read = reads[name] * share
+            skipped = read * (expected if measured is None else measured)
+            rows.append(
+                SiteRecord(name, len(items), site.centring, expected, measured, round(read), round(skipped))
+            )
+        whole = round(sum(costs.reads))
+        skipped = sum(row.bytes_skipped for row in rows)
+        return ThresholdsRecord(
+            calibration=self.asked.path,
+            method=self.asked.method,
+            mode=plan.mode,
+            level=plan.level,
+            level_input=level_input,
+            dense_first=self.asked.dense_first,
+            bytes=whole,
+            bytes_skipped=skipped,
+            share_skipped=skipped / whole if whole else 0.0,
+            measured=bool(seen),
+            quality=self.quality,
+            sites=rows,
+        )
+
+
+def _safely(budget: Budget, found: Measured) -> bool:
+    """Whether the budget is kept by a standard error: what was just within it would as often as not be missed on
+    other data."""
+    margin = found.error or 0.0
+    return budget.met(found.value + margin if budget.upper else found.value - margin, found.dense)
+
+
+def _built() -> bool:
+    try:
+        kernel_path()
+    except UsageError:
+        return False
+    return True
+
+
+def _require_held_out(files: Sequence[Path], calibration: Calibration) -> None:
+    del files, calibration
