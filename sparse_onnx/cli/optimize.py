@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
-from sparse_onnx.cli import options
+from sparse_onnx.cli import options, skipping
 from sparse_onnx.cli.output import Output
 from sparse_onnx.core.settings import parse_settings
 
@@ -49,6 +49,7 @@ def parse_passes(texts: tuple[str, ...]) -> dict[str, dict[str, str]]:
     type=click.Choice(["int4", "int8"]),
     help="Store experts in 4 or 8 bits (lossy); --pass quantize_experts:... for the block size.",
 )
+@skipping.thresholds
 @click.option(
     "--pass",
     "passes",
@@ -84,6 +85,7 @@ def command(
     threads: int | None,
     tuning: Path | None,
     quantize: Literal["int4", "int8"] | None,
+    skipping: dict[str, Any],
     passes: tuple[str, ...],
     skip: tuple[str, ...],
     weights: Literal["link", "copy", "prepacked"] | None,
@@ -118,6 +120,7 @@ def command(
             tokens=tokens,
             threads=threads,
             tuning=tuning,
+            **skipping,
             progress=progress,
         )
     output.report(report, explain=explain)

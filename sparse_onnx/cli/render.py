@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparse_onnx.cli.grouped import block_rows, refusal_lines
+from sparse_onnx.cli.skipping import site_rows, summary
 from sparse_onnx.cli.text import count, plain, size
 from sparse_onnx.core.report import (
     BenchRecord,
@@ -18,6 +19,7 @@ from sparse_onnx.core.report import (
     ModelRecord,
     Refusal,
     Report,
+    ThresholdsRecord,
     TuningRecord,
     TuningRow,
     VerifyRecord,
@@ -42,6 +44,8 @@ def render(report: Report, out: Console, *, verbose: bool = False, explain: bool
     _refusals(out, report.refusals, explain, verbose)
     if report.tuning is not None:
         _tuning(out, report.tuning)
+    if report.thresholds is not None:
+        _thresholds(out, report.thresholds, verbose)
     if report.verify is not None:
         _verify(out, report.verify, verbose)
     if report.bench is not None:
@@ -177,6 +181,13 @@ def _tuning(out: Console, record: TuningRecord) -> None:
     table(out, ["block", "form", *counts, ""], drawn, right=counts)
     for text in record.left_out:
         line(out, f"  not measured: {text}")
+
+
+def _thresholds(out: Console, record: ThresholdsRecord, verbose: bool) -> None:
+    for text in summary(record):
+        line(out, text)
+    columns = ["site", "layers", "centre", "expected", "measured", "bytes", "skipped"]
+    table(out, columns, site_rows(record.sites, folded=not verbose), right=[*columns[3:], "layers"])
 
 
 def _bench(out: Console, record: BenchRecord) -> None:

@@ -13,8 +13,8 @@ import onnx_ir as ir
 from sparse_onnx import targets
 from sparse_onnx.blocks import neutral_blocks
 from sparse_onnx.blocks.lowering import Form, want
-from sparse_onnx.core.errors import UsageError, VerificationError
-from sparse_onnx.core.report import Report, TuningRecord, VerifyRecord
+from sparse_onnx.core.errors import ImpossibleError, UsageError, VerificationError
+from sparse_onnx.core.report import Refusal, Report, TuningRecord, VerifyRecord
 from sparse_onnx.graph import files, genai, io, stats
 from sparse_onnx.graph.save import place
 from sparse_onnx.graph.valid import invalid
@@ -24,8 +24,9 @@ from sparse_onnx.optimize.candidates import kinds
 from sparse_onnx.optimize.checks import OUR_FAULT, Checks, Verify, require_dtypes
 from sparse_onnx.optimize.choose import choose, parse_form
 from sparse_onnx.optimize.prepacked import save_prepacked
+from sparse_onnx.optimize.request import request
 from sparse_onnx.optimize.resident import note, residency
-from sparse_onnx.optimize.thresholds import Thresholds, request
+from sparse_onnx.optimize.thresholds import Thresholds
 from sparse_onnx.optimize.tuning_file import TuningFile
 from sparse_onnx.passes import Phase
 from sparse_onnx.passes.fuse_moe_op import REQUIRES_KEY
@@ -172,6 +173,8 @@ def optimize(
         want(block.node, [])
     report.passes, report.refusals = result.records, result.refusals
     if not result.changed:
+        if skips is not None:
+            raise ImpossibleError("no layer can skip inputs", _first_reason(report.refusals))
         model = io.load(source)
         report.verify = VerifyRecord("none", None)
         report.notes.append(_nothing_to_do(report))
@@ -215,6 +218,11 @@ def optimize(
     if was_packed:
         report.notes.append("packed weights of the input are left out: --weights prepacked makes them again")
     return report
+
+
+def _first_reason(refusals: Sequence[Refusal]) -> str:
+    own = [refusal.reason for refusal in refusals if refusal.by == InsertThresholds.name]
+    return own[-1] if own else ""
 
 
 def _with_plan(item: runner.Planned, plan: Plan) -> runner.Planned:

@@ -111,7 +111,7 @@ def run(
         planned: the plan.
         after: called behind each pass that changed the model.
         progress: called with a line at each pass.
-        before: called before the first pass of each phase.
+        before: called before the first pass of each phase, of which it may exchange the options.
 
     Raises:
         ModelError: a pass broke, or found the model broken.
@@ -120,12 +120,13 @@ def run(
     with paused():
         phase = None
         nodes, size = stats.node_count(model), stats.weight_bytes(model)
-        for item in planned:
+        for at, item in enumerate(planned):
             if item.run is None:
                 continue
             if before is not None and item.step.phase != phase:
                 before(item.step.phase, model)
             phase = item.step.phase
+            item = planned[at]  # its options may be known only now
             if progress is not None:
                 progress(f"{item.step.phase}: {item.step.name}")
             start = time.perf_counter()

@@ -43,6 +43,15 @@ def test_defaults(received: dict[str, Any]) -> None:
         "tokens": (1, 64),
         "threads": None,
         "tuning": None,
+        "thresholds": None,
+        "budget": None,
+        "sparsity": None,
+        "eval_data": (),
+        "method": "scap",
+        "allocation": "greedy",
+        "threshold_mode": "native",
+        "dense_first": None,
+        "tokenizer": None,
         "progress": None,
     }
 
@@ -82,6 +91,19 @@ def test_options_of_tuning(received: dict[str, Any]) -> None:
     assert CliRunner().invoke(main, ["optimize", *arguments, "--quantize", "int4"]).exit_code == 0
     assert (received["tune"], received["tokens"], received["threads"]) == (True, (1, 8), 3)
     assert (received["tuning"], received["quantize"]) == (Path("t.json"), "int4")
+
+
+def test_options_of_thresholds(received: dict[str, Any]) -> None:
+    arguments = ["a", "b", "-q", "--thresholds", "c.json", "--budget", "top1>=0.9", "--eval-data", "d"]
+    arguments += ["--eval-data", "e", "--method", "teal", "--allocation", "uniform", "--dense-first", "4"]
+    arguments += ["--threshold-mode", "simulate", "--tokenizer", "t.json"]
+    assert CliRunner().invoke(main, ["optimize", *arguments]).exit_code == 0
+    assert (received["thresholds"], received["budget"]) == (Path("c.json"), "top1>=0.9")
+    assert received["eval_data"] == (Path("d"), Path("e")) and received["dense_first"] == 4
+    assert (received["method"], received["allocation"]) == ("teal", "uniform")
+    assert (received["threshold_mode"], received["tokenizer"]) == ("simulate", Path("t.json"))
+    assert CliRunner().invoke(main, ["optimize", "a", "b", "-q", "--sparsity", "0.25"]).exit_code == 0
+    assert received["sparsity"] == 0.25
 
 
 def test_pass_options_add_up() -> None:

@@ -31,6 +31,7 @@ TOP = [
     "refusals",
     "passes",
     "tuning",
+    "thresholds",
     "verify",
     "bench",
 ]
