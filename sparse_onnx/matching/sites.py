@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
-from sparse_onnx.blocks import MoEBlock, blocks
+from sparse_onnx.blocks import MoEBlock, blocks, is_zero
 from sparse_onnx.blocks.lowered import FORM_KEY
 from sparse_onnx.blocks.quantized import Quantized
 from sparse_onnx.core.report import Refusal
@@ -21,6 +21,7 @@ from sparse_onnx.matching.layer_roles import Roles
 from sparse_onnx.matching.layers import Layer, layers
 from sparse_onnx.matching.layout import rows_of
 from sparse_onnx.matching.naming import module_path
+from sparse_onnx.matching.values import tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,7 +92,11 @@ def sites(model: ir.Model) -> Sites:
         for group in groups.values()
     ]
     for block in blocks(model):
-        found += _of_block(block, taken)
+        if _is_stored(block):
+            found += _of_block(block, taken)
+        else:
+            reason = f"block '{block.name}': its experts' weights or sizes are not known from the graph"
+            refusals.append(Refusal(reason, block.node.name or "", "", "sites"))
     return Sites(tuple(found), tuple(refusals))
 
 
@@ -159,11 +164,21 @@ def _joined(names: Sequence[str]) -> str:
     return head + "+".join(".".join(item[shared:]) for item in parts)
 
 
+def _is_stored(block: MoEBlock) -> bool:
+    """Whether the matrices are constants, quantized or not, and the biases are, or are all zero."""
+    known = None not in (block.experts, block.hidden, block.inner, block.hidden_out)
+    return known and all(
+        tensor(value) is not None
+        or Quantized.of(value) is not None
+        or (role.endswith("_bias") and is_zero(value))
+        for role, value in block.weights.items()
+    )
+
+
 def _of_block(block: MoEBlock, taken: set[str]) -> Iterator[Site]:
     first, last = block.spec.roles[:-1], block.spec.roles[-1:]
     inner = block.inner
-    if block.hidden is None or inner is None or block.hidden_out is None:
-        return
+    assert block.hidden is not None and inner is not None and block.hidden_out is not None
     doubled = 2 if block.gated and len(first) == 1 else 1
     for name, value, roles, rows, columns in (
         ("up", block.tokens, first, block.hidden, (inner * doubled,) * len(first)),
