@@ -8,7 +8,7 @@ is dropped. Rows of a block's experts go through their own expert's matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from sparse_onnx.core.calibration import CENTRES, SPARSITIES
 MOST = 1e6
 #: Inputs of the largest layer of which the matrix W Wᵀ is taken.
 _GRAM = 4096
+#: Bytes of rows, with different values dropped, that are multiplied at once.
+_AT_ONCE = 32 << 20
 
 
 def error_curves(
@@ -43,9 +45,10 @@ def error_curves(
         for name in distinct:
             distance = rows - described.centre(name)
             size = np.abs(distance)
-            for at, share in enumerate(SPARSITIES[1:], start=1):
-                tau = described.quantiles[name][round(share * 100)]
-                lost[name][at] += weigh(np.where(size <= np.float32(tau), distance, np.float32(0)))
+            for some in _chunks(rows.nbytes):
+                tau = described.quantiles[name][[round(SPARSITIES[at] * 100) for at in some]]
+                dropped = size <= tau.astype(np.float32)[:, None, None]
+                lost[name][some] += weigh(np.where(dropped, distance, np.float32(0)))
     with np.errstate(divide="ignore", invalid="ignore"):
         curves = {
             name: np.where(values > 0, np.minimum(np.sqrt(values / whole), MOST), 0.0) if whole else
@@ -70,8 +73,16 @@ def _same(name: str, distinct: list[str], described: Description) -> str:
     )
 
 
+def _chunks(nbytes: int) -> Iterator[list[int]]:
+    """Sparsities but the first, so many at once as have room for their rows: few large products, not many small."""
+    step = max(1, _AT_ONCE // max(1, nbytes))
+    every = list(range(1, len(SPARSITIES)))
+    return (every[at : at + step] for at in range(0, len(every), step))
+
+
 class _Weigher:
-    """||R W||² of rows R: by the product, or by R (W Wᵀ) Rᵀ where that is less work for so many R."""
+    """||R W||² of each of several R ``[s, h, K]``: by the product, or by R (W Wᵀ) Rᵀ where that is less work for so
+    many R."""
 
     def __init__(self, matrix: np.ndarray, rows: int, times: int) -> None:
         inputs, outputs = matrix.shape
@@ -80,10 +91,13 @@ class _Weigher:
         self._matrix = matrix
         self._gram = matrix @ matrix.T if inputs <= _GRAM and gram < direct else None
 
-    def __call__(self, rows: np.ndarray) -> float:
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        flat = rows.reshape(-1, rows.shape[-1])
         if self._gram is None:
-            return _square(rows @ self._matrix)
-        return max(0.0, float(np.einsum("hk,hk->", rows @ self._gram, rows, dtype=np.float64)))
+            results = (flat @ self._matrix).reshape(len(rows), -1)
+            return np.einsum("sn,sn->s", results, results, dtype=np.float64)
+        results = (flat @ self._gram).reshape(len(rows), -1)
+        return np.maximum(0.0, np.einsum("sn,sn->s", results, rows.reshape(len(rows), -1), dtype=np.float64))
 
 
 def _square(rows: np.ndarray) -> float:

@@ -35,6 +35,22 @@ _LAST = (
 _SCORING = frozenset(_SCORES.split())
 #: Operators between an output head and the model's output. Of two inputs the other must be stored.
 _FINISHING = frozenset(_LAST.split())
+#: Of these only the first input holds numbers of the result; the others are sizes and places.
+_SHAPED = frozenset(
+    {
+        "Expand",
+        "Flatten",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceSum",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Tile",
+    }
+    | {"Transpose", "Unsqueeze", "CumSum", "TopK"}
+)
 _ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div"})
 _SHAPES = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose"})
 _CHOICES = frozenset({"TopK", "ArgMax", "Softmax", "LogSoftmax"})
@@ -136,13 +152,16 @@ def _routers(model: ir.Model, layers: Sequence[Layer]) -> set[ir.Node]:
             deciding.update(layer.nodes)
         elif node is not None and _scores(node):
             deciding.add(node)
-            pending.extend(item for item in node.inputs if item is not None)
+            read = node.inputs[:1] if node.op_type in _SHAPED else node.inputs
+            pending.extend(item for item in read if item is not None)
     found |= _only_for(model, deciding, layers) if found else set()
     return found
 
 
 def _scores(node: ir.Node) -> bool:
-    return node.domain in ("", MICROSOFT) and (node.op_type in _SCORING or len(node.inputs) == 1)
+    if node.domain not in ("", MICROSOFT) or node.op_type in ("Shape", "Size"):
+        return False
+    return node.op_type in _SCORING or len(node.inputs) == 1
 
 
 def _decisions(model: ir.Model) -> Iterator[ir.Value]:

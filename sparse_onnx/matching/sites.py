@@ -96,7 +96,7 @@ def sites(model: ir.Model) -> Sites:
             found += _of_block(block, taken)
         else:
             reason = f"block '{block.name}': its experts' weights or sizes are not known from the graph"
-            refusals.append(Refusal(reason, block.node.name or "", "", "sites"))
+            refusals.append(Refusal(reason, block.node.name or "", "", "calibrate"))
     return Sites(tuple(found), tuple(refusals))
 
 
@@ -111,7 +111,7 @@ def _kept(model: ir.Model, every: Sequence[Layer]) -> tuple[list[Layer], list[Re
             reason = "one result a token: a gate or a score"
         if reason:
             hint = "calibrate the model that was optimized" if "lowered" in reason else ""
-            refusals.append(Refusal(reason, layer.node.name or "", hint, "sites"))
+            refusals.append(Refusal(reason, layer.node.name or "", hint, "calibrate"))
         else:
             kept.append(layer)
     return kept, refusals
