@@ -11,6 +11,7 @@ import numpy as np
 from sparse_onnx.calibrate.collect import Sizes
 from sparse_onnx.calibrate.data import LENGTH, Data
 from sparse_onnx.calibrate.describe import rounded
+from sparse_onnx.calibrate.digests import digests
 from sparse_onnx.calibrate.measure import Progress, records
 from sparse_onnx.calibrate.observe import Observed
 from sparse_onnx.calibrate.plan import Plan, groups, plan, prepare
@@ -138,7 +139,8 @@ def _run(
             extra = []
     if progress is not None:
         progress("running", total, total)
-    record = DataRecord(tuple(os.fspath(path) for path in paths), total, tokens, held)
+    files = tuple(os.fspath(path) for path in paths)
+    record = DataRecord(files, total, tokens, held, digests(source.files))
     return record, tuple(
         ZerosRecord(item.name, item.operator, int(size), rounded(found / max(1, size)))
         for item, (found, size) in zip(observed.counted, zeros, strict=True)

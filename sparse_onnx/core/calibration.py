@@ -27,12 +27,14 @@ MOST_COACTIVATION = 128
 
 @dataclasses.dataclass(frozen=True)
 class DataRecord:
-    """What was run: files, runs, tokens (rows of the first site) for statistics, and those held out for errors."""
+    """What was run: files, runs, tokens (rows of the first site) for statistics, and those held out for errors.
+    `digests` are SHA-256 of the files' contents: `optimize` takes none of them to measure quality on."""
 
     files: tuple[str, ...]
     runs: int
     tokens: int
     held_out_tokens: int
+    digests: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

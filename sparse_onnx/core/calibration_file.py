@@ -183,7 +183,11 @@ def _calibration(fields: _Fields) -> Calibration:
         path=model.text("path"),
         fingerprint=model.text("fingerprint"),
         data=DataRecord(
-            data.texts("files"), data.whole("runs"), data.whole("tokens"), data.whole("held_out_tokens")
+            data.texts("files"),
+            data.whole("runs"),
+            data.whole("tokens"),
+            data.whole("held_out_tokens"),
+            data.texts("digests") if "digests" in data.data else (),
         ),
         layers=layers,
         blocks=blocks,

@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from sparse_onnx.calibrate.data import Data
+from sparse_onnx.calibrate.digests import digest
 from sparse_onnx.core.calibration import Calibration
 from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError, UsageError, VerificationError
 from sparse_onnx.core.report import QualityRecord, SiteRecord, ThresholdsRecord
@@ -283,4 +284,13 @@ def _built() -> bool:
 
 
 def _require_held_out(files: Sequence[Path], calibration: Calibration) -> None:
-    del files, calibration
+    """
+    Raises:
+        UsageError: a file, under whatever name, that calibration has seen.
+    """
+    known = set(calibration.data.digests)
+    for path in files:
+        if digest(path) in known:
+            raise UsageError(
+                "calibration has seen this file: quality on it says nothing", "give other data", str(path)
+            )
