@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,3 +18,13 @@ def corpus() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no corpus at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Path:
+    """The native kernels, compiled once."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    from sparse_onnx.kernels import build
+
+    return build()
