@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from sparse_onnx.optimize import runner, tuning_file
 from sparse_onnx.optimize.candidates import kinds
 from sparse_onnx.optimize.checks import OUR_FAULT, Checks, Verify, require_dtypes
 from sparse_onnx.optimize.choose import choose, parse_form
+from sparse_onnx.optimize.materialised import materialised
 from sparse_onnx.optimize.prepacked import save_prepacked
 from sparse_onnx.optimize.request import request
 from sparse_onnx.optimize.resident import note, residency
@@ -181,11 +183,14 @@ def optimize(
     else:
         require_dtypes(model, profile)
         _require_valid(model, source)
-        report.verify = checks.finish(model)
-        report.placement = checks.placement
+        with materialised(model) if skips is not None else contextlib.nullcontext(model) as runnable:
+            report.verify = checks.finish(runnable)
+            if skips is not None:
+                report.thresholds, notes = skips.finish(runnable)
+                report.notes += notes
         if skips is not None:
-            report.thresholds, notes = skips.finish(model)
-            report.notes += notes
+            skips.set(model)
+        report.placement = checks.placement
         report.notes += [*result.notes, *checks.notes]
         if REQUIRES_KEY in model.metadata_props:
             report.notes.append(f"the result needs {model.metadata_props[REQUIRES_KEY]}")

@@ -16,12 +16,17 @@ from sparse_onnx.core.report import PlacementRecord, VerifyRecord
 from sparse_onnx.graph import io, stats
 from sparse_onnx.graph.annotate import annotate
 from sparse_onnx.optimize import runner
+from sparse_onnx.optimize.watched import EXACT, unrounded
 from sparse_onnx.passes import Phase
 from sparse_onnx.passes.insert_thresholds import InsertThresholds
 from sparse_onnx.passes.repair_scatter_add import RepairScatterAdd
 from sparse_onnx.sparsify.dial import set_level
 from sparse_onnx.sparsify.record import thresholds_of
+from sparse_onnx.verify.api import available_memory
 from sparse_onnx.verify.lowering import verify_lowering
+
+#: What two sessions may need for each byte of weights.
+_COPIES = 4
 
 Verify = Literal["each", "final", "none"]
 
@@ -44,6 +49,8 @@ class Checks:
     ) -> None:
         self.when, self.profile, self.source, self.progress = when, profile, source, progress
         self.original: ir.Model | None = None
+        self.skips = ""
+        """The mode of the thresholds that were inserted."""
         self.neutral: ir.Model | None = None
         self.placement: list[PlacementRecord] | None = None
         self.notes: list[str] = []
@@ -60,6 +67,7 @@ class Checks:
         record = thresholds_of(model) if inserted else None
         if record is not None:  # where nothing is skipped, the model is what it was
             set_level(model, record.level_input, 0)
+            self.skips = record.mode
         if self.when == "none" or phase == "finish":
             return
         if self.when == "each" and (phase != "sparsify" or inserted):
@@ -80,12 +88,19 @@ class Checks:
             self.progress(f"verifying {what}")
         if self.original is None:  # read again rather than copied: most models need neither
             self.original = _reference(self.source)
+        original, neutral, candidate = self.original, self.neutral or self.original, model
+        # Layers that skip inputs do not round them to 8 bits, as products of integers do on request.
+        exact = self.skips not in ("", "simulate")
+        if exact:
+            original, neutral, candidate = (unrounded(each) for each in (original, neutral, candidate))
         record, note = verify_lowering(
-            self.original,
-            self.neutral or self.original,
-            model,
+            original,
+            neutral,
+            candidate,
             provider=self.profile.provider,
             progress=self.progress,
+            entries=EXACT if exact else None,
+            whole=bool(self.skips) and _fits(original),
         )
         if note and note not in self.notes:
             self.notes.append(note)
@@ -93,6 +108,12 @@ class Checks:
             raise VerificationError(f"{what} differs from its original: {record.failure}", OUR_FAULT)
         self.placement = [PlacementRecord(self.profile.provider, stats.node_count(model))]
         return record
+
+
+def _fits(model: ir.Model) -> bool:
+    """Whether two such models run in memory, with packed copies of their weights."""
+    free = available_memory()
+    return free is not None and _COPIES * stats.weight_bytes(model) < free
 
 
 def _reference(source: str | os.PathLike[str]) -> ir.Model:

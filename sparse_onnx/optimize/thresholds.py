@@ -154,7 +154,7 @@ class Thresholds:
         return low
 
     def finish(self, model: ir.Model) -> tuple[ThresholdsRecord, list[str]]:
-        """Measures, checks and sets the finished model, which runs at level 0 so far.
+        """Measures and checks the finished model, which runs at level 0 so far.
 
         Raises:
             VerificationError: a layer is not what numpy says, or the budget is missed.
@@ -172,9 +172,6 @@ class Thresholds:
             if self.evaluation
             else {}
         )
-        set_level(model, record.level_input, plan.level)
-        if self.asked.dense_first is not None:
-            keep_dense(model, self.asked.dense_first)
         if plan.mode == "simulate":
             notes.append(
                 "simulated thresholds: for accuracy studies; nothing is skipped, and nothing is faster"
@@ -185,6 +182,14 @@ class Thresholds:
                 "without them right, and not faster"
             )
         return self._record(model, plan, record.level_input, seen), notes
+
+    def set(self, model: ir.Model) -> None:
+        """Sets the finished model to its level, and keeps dense what is to stay so."""
+        plan, record = self.plan, thresholds_of(model)
+        assert plan is not None and record is not None
+        set_level(model, record.level_input, plan.level)
+        if self.asked.dense_first is not None:
+            keep_dense(model, self.asked.dense_first)
 
     def _check(self, model: ir.Model, level_input: str, level: int) -> str:
         self.say("comparing each thresholded layer with numpy")

@@ -24,6 +24,22 @@ EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
 _COARSE = {"float16": 2e-3, "bfloat16": 1.6e-2}
 
 
+def unrounded(model: ir.Model) -> ir.Model:
+    """The model with MatMulNBits at full accuracy; itself where it is so already."""
+    rounding = [node for node in model.graph.all_nodes() if _rounds(node)]
+    if not rounding:
+        return model
+    copy = model.clone()
+    for node in copy.graph.all_nodes():
+        if _rounds(node):
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    return copy
+
+
+def _rounds(node: ir.Node) -> bool:
+    return node.op_type == "MatMulNBits" and attribute(node, "accuracy_level", 0) not in (0, 1)
+
+
 class Dialled:
     """A thresholded model in ORT, at any level.
 

@@ -40,17 +40,20 @@ def verify_lowering(
     *,
     provider: str = "CPUExecutionProvider",
     progress: Callable[[str], None] | None = None,
+    entries: dict[str, str] | None = None,
+    whole: bool = False,
 ) -> tuple[VerifyRecord, str]:
     """Compares with the original itself where that fits and runs, else with its neutral form.
 
-    All three lie in memory, their weights where they were.
+    All three lie in memory, their weights where they were. `entries` configure sessions of whole models; `whole` runs
+    the models whole, whatever their size.
 
     Returns:
         The comparison, and what must be said of it: why the original was not part of it, or nothing.
     """
     threads = default_threads()
     rounds = any(block.activations for block in lowered_blocks(lowered))
-    if not rounds and stats.weight_bytes(original) + _dequantized_bytes(original) <= WHOLE_BYTES:
+    if not rounds and (whole or stats.weight_bytes(original) + _dequantized_bytes(original) <= WHOLE_BYTES):
         # The inputs are the same, and the neutral form shows what functions hide of their meaning.
         runs = cases(neutral)
         reason = ""
@@ -63,6 +66,7 @@ def verify_lowering(
                 provider=provider,
                 progress=progress,
                 neutral=neutral,
+                entries=entries,
             )
         except SparseOnnxError:
             reason = _why_not(original, runs, provider)
@@ -71,7 +75,13 @@ def verify_lowering(
             runnable = neutral.clone()
             attach_functions(runnable)
             record = compare_whole(
-                runnable, lowered, runs, threads=threads, provider=provider, progress=progress
+                runnable,
+                lowered,
+                runs,
+                threads=threads,
+                provider=provider,
+                progress=progress,
+                entries=entries,
             )
         return (
             record,

@@ -23,12 +23,16 @@ from sparse_onnx.verify.sides import Blocks
 class Observed:
     """A model in ORT whose routing can be watched."""
 
-    def __init__(self, model: ir.Model, threads: int, provider: str, name: str) -> None:
+    def __init__(
+        self, model: ir.Model, threads: int, provider: str, name: str, entries: dict[str, str] | None = None
+    ) -> None:
         self.watch = routers(model)
         self.outputs = len(model.graph.outputs)
         copy = observed(model, self.watch)
         self.names = [value.name or "" for value in copy.graph.outputs]
-        self.session = sessions.create_session(copy, threads=threads, provider=provider, name=name)
+        self.session = sessions.create_session(
+            copy, threads=threads, provider=provider, name=name, entries=entries
+        )
         self.name = name
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> tuple[list[np.ndarray], dict[str, Decision]]:
@@ -49,6 +53,7 @@ def compare_whole(
     progress: Callable[[str], None] | None = None,
     memory: int = GROUP_BYTES,
     neutral: ir.Model | None = None,
+    entries: dict[str, str] | None = None,
 ) -> VerifyRecord:
     """Runs both models on every case, repeated ones several times, and compares all outputs.
 
@@ -67,13 +72,15 @@ def compare_whole(
         progress: called with a line a case.
         memory: bytes of weights that may be mapped at once where a block is compared alone.
         neutral: the reference with its functions inlined and its blocks named apart; None where it is so itself.
+        entries: configuration of all sessions.
     """
-    original = Observed(reference, threads, provider, names[0])
+    original = Observed(reference, threads, provider, names[0], entries)
     deployed = sessions.create_session(
         candidate_path if candidate_path is not None else candidate,
         threads=threads,
         provider=provider,
         name=names[1],
+        entries=entries,
     )
     rename = _matching_names(
         [value.name for value in deployed.get_inputs()],
@@ -85,7 +92,7 @@ def compare_whole(
         not coverage
     ):  # the original spells its blocks in a way of its own: the candidate says where tokens went
         coverage = Coverage(candidate)
-        watched = Observed(candidate, threads, provider, names[1]) if coverage else None
+        watched = Observed(candidate, threads, provider, names[1], entries) if coverage else None
     only_candidate = watched is not None
     verdict = _Verdict(original.outputs)
     margin, left_out, runs = np.inf, 0, 0
@@ -117,7 +124,7 @@ def compare_whole(
                 break
             found = _compare(expected, actual, tolerance)
             if before and not all(each.within for each in found):
-                watched = watched or Observed(candidate, threads, provider, names[1])
+                watched = watched or Observed(candidate, threads, provider, names[1], entries)
                 mask, reason = _near_ties(expected, before, watched, feeds)
                 if reason:
                     verdict.fail(case, reason)
