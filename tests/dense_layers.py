@@ -15,6 +15,7 @@ from sparse_onnx.core.calibration import CENTRES, SPARSITIES, Calibration, DataR
 from sparse_onnx.graph import io, stats
 from sparse_onnx.matching.sites import Site, sites
 from sparse_onnx.optimize import runner
+from sparse_onnx.sparsify.plan import Mode, Plan, SitePlan
 from sparse_onnx.targets import session as sessions
 
 F32 = np.float32
@@ -158,6 +159,28 @@ def record(site: Site, x: np.ndarray) -> SiteRecord:
         quantiles,
         errors,
     )
+
+
+def plan_for(
+    model: ir.Model,
+    mode: Mode,
+    *,
+    top_k: bool = False,
+    centre: str = "one",
+    least: float = 0.0,
+    level: int = 50,
+) -> Plan:
+    """Thresholds from 0 to 2, or that many kept inputs fewer, for every site."""
+    share = np.linspace(0, 1, 101)
+    found = {}
+    for at, site in enumerate(sites(model)):
+        table = np.concatenate([[-1.0], np.linspace(0, 2, 100)])
+        if top_k:
+            table = np.maximum(1, np.rint((1 - share) * site.rows))
+        size = site.rows if centre == "each" else 1
+        value = np.random.default_rng(at).normal(0, 0.2, size).astype(np.float32)
+        found[site.name] = SitePlan(site.name, value * (centre != "zero"), table, share)
+    return Plan(found, level, mode, top_k, least)
 
 
 def rows(net: Net, tokens: int, seed: int) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.calibrate.data import Data
@@ -27,6 +28,7 @@ from sparse_onnx.sparsify.dial import set_level
 from sparse_onnx.sparsify.guard import Clock, keep_dense
 from sparse_onnx.sparsify.plan import Plan
 from sparse_onnx.sparsify.record import acting, by_site, thresholds_of
+from sparse_onnx.verify.compare import difference
 from sparse_onnx.verify.inputs import sized_inputs
 
 #: Builds the model with these thresholds as it will be deployed, from one that was prepared and recognised.
@@ -143,12 +145,12 @@ class Thresholds:
             middle = (low + high) // 2
             found = judge(middle)
             good = _safely(asked.budget, found)
-            self.say(f"level {middle}: {asked.budget.metric} {found.value:.6g}, dense {found.dense:.6g}")
+            self.say(f"level {middle}: {asked.budget.metric} {found.value:.9g}, dense {found.dense:.9g}")
             low, high = (middle, high) if good else (low, middle)
         if low == 0:
             found = judge(1)
             raise VerificationError(
-                f"no level keeps {asked.budget}: {found.value:.6g} at level 1, {found.dense:.6g} of the dense model",
+                f"no level keeps {asked.budget}: {found.value:.9g} at level 1, {found.dense:.9g} of the dense model",
                 "allow more, or calibrate on more data; nothing was written",
             )
         return low
@@ -172,6 +174,14 @@ class Thresholds:
             if self.evaluation
             else {}
         )
+        if self.asked.dense_first is not None:
+            self._check_guard(model, record.level_input, plan.level)
+            notes.append(
+                f"prefill and the first {self.asked.dense_first} positions skip nothing; quality was measured as if "
+                "they did"
+                if self.evaluation
+                else f"prefill and the first {self.asked.dense_first} positions skip nothing"
+            )
         if plan.mode == "simulate":
             notes.append(
                 "simulated thresholds: for accuracy studies; nothing is skipped, and nothing is faster"
@@ -212,6 +222,18 @@ class Thresholds:
             text += f"; {missed} were not reached, {inner} of them in the bodies of If, Loop or Scan"
         return text
 
+    def _check_guard(self, model: ir.Model, level_input: str, level: int) -> None:
+        """Prefill at the level must be what it is at level 0."""
+        guarded = model.clone()
+        assert self.asked.dense_first is not None
+        keep_dense(guarded, self.asked.dense_first)
+        run, feeds = Dialled(guarded, level_input, self.threads), sized_inputs(model, 2, 7)
+        if not all(map(_same, run(feeds, level), run(feeds, 0))):
+            raise VerificationError(
+                "prefill is not dense",
+                "nothing was written; please report it, this is a fault of sparse-onnx",
+            )
+
     def _measure(self, model: ir.Model, level_input: str, level: int) -> None:
         budget = self.asked.budget
         run = Dialled(model, level_input, self.threads)
@@ -232,8 +254,8 @@ class Thresholds:
             )
             if own is not None and not held:
                 raise VerificationError(
-                    f"the budget {own} is missed on the half of the data that was held out: {found.value:.6g} at level "
-                    f"{level}, {found.dense:.6g} of the dense model",
+                    f"the budget {own} is missed on the half of the data that was held out: {found.value:.9g} at level "
+                    f"{level}, {found.dense:.9g} of the dense model",
                     "allow more, or give more evaluation data; nothing was written",
                 )
 
@@ -278,6 +300,10 @@ def _safely(budget: Budget, found: Measured) -> bool:
     other data."""
     margin = found.error or 0.0
     return budget.met(found.value + margin if budget.upper else found.value - margin, found.dense)
+
+
+def _same(left: np.ndarray, right: np.ndarray) -> bool:
+    return left.shape == right.shape and difference(left, right).within
 
 
 def _built() -> bool:

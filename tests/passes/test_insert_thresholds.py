@@ -11,46 +11,23 @@ import onnx
 import onnx_ir as ir
 import pytest
 from builders import Shape, layered_model
-from dense_layers import Net, dense_model, prepared, rows
+from dense_layers import Net, dense_model, plan_for, prepared, rows
 from harness import run_model
 from onnx import TensorProto, helper, numpy_helper
 
 from sparse_onnx.core.errors import UsageError
 from sparse_onnx.core.passes import Outcome, parse_options
-from sparse_onnx.matching.sites import sites
 from sparse_onnx.optimize.watched import check_layers
 from sparse_onnx.passes.branch_experts import BranchExperts
 from sparse_onnx.passes.fuse_gating import FuseGating
 from sparse_onnx.passes.fuse_moe_op import FuseMoEOp
 from sparse_onnx.passes.insert_thresholds import InsertThresholds
-from sparse_onnx.sparsify.plan import MODES, Mode, Plan, SitePlan
+from sparse_onnx.sparsify.plan import MODES, Mode, Plan
 from sparse_onnx.sparsify.record import acting, thresholds_of
 from sparse_onnx.verify.inputs import sized_inputs
 
 LEVEL = "sparsity_level"
 SPELLINGS = ("matmul", "gemm", "transposed")
-
-
-def plan_for(
-    model: ir.Model,
-    mode: Mode,
-    *,
-    top_k: bool = False,
-    centre: str = "one",
-    least: float = 0.0,
-    level: int = 50,
-) -> Plan:
-    """Thresholds from 0 to 2, or that many kept inputs fewer, for every site."""
-    share = np.linspace(0, 1, 101)
-    found = {}
-    for at, site in enumerate(sites(model)):
-        table = np.concatenate([[-1.0], np.linspace(0, 2, 100)])
-        if top_k:
-            table = np.maximum(1, np.rint((1 - share) * site.rows))
-        size = site.rows if centre == "each" else 1
-        value = np.random.default_rng(at).normal(0, 0.2, size).astype(np.float32)
-        found[site.name] = SitePlan(site.name, value * (centre != "zero"), table, share)
-    return Plan(found, level, mode, top_k, least)
 
 
 def after(model: onnx.ModelProto, plan: Plan) -> tuple[ir.Model, Outcome]:
