@@ -74,10 +74,12 @@ def mode(values: np.ndarray) -> float:
     if not low < high:
         return float(low)
     inside = values[np.searchsorted(values, low) : np.searchsorted(values, high, "right")].astype(np.float64)
+    if not len(inside):  # a few values, none of them between the tails
+        return float(values[len(values) // 2])
     counts, edges = np.histogram(inside, bins=_BINS, range=(float(low), float(high)))
     width = edges[1] - edges[0]
     bandwidth = _BANDWIDTH * inside.std() * len(inside) ** -0.2
-    reach = min(_BINS // 2, max(1, int(np.ceil(4 * bandwidth / width))))
+    reach = min(_BINS // 2 - 1, max(1, int(np.ceil(4 * bandwidth / width))))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) * width / max(bandwidth, width / 4)) ** 2)
     density = np.convolve(counts, kernel, "same")
     # At the ends half of the kernel sees nothing: a one-sided peak (GELU's minimum) lies there.

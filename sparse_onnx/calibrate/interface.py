@@ -12,7 +12,7 @@ import onnx_ir as ir
 from sparse_onnx.core.errors import UsageError
 from sparse_onnx.graph.text import printable, quoted
 from sparse_onnx.verify.inputs import sized_inputs
-from sparse_onnx.verify.meaning import lowered_indices, meaning
+from sparse_onnx.verify.meaning import Meaning, lowered_indices, meaning
 
 _NAMED = 6
 
@@ -48,7 +48,7 @@ class Interface:
         }
         indices = lowered_indices(model)
         self.bounds = {
-            name: meaning(value, indices).bound for name, value in self.inputs.items() if _is_integer(value)
+            name: _bound(meaning(value, indices)) for name, value in self.inputs.items() if _is_integer(value)
         }
         self._sides: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
@@ -217,6 +217,11 @@ class Interface:
         listed = [printable(str(name)) for name in names]  # type: ignore[attr-defined]
         more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
         return ", ".join(listed[:_NAMED]) + more
+
+
+def _bound(means: Meaning) -> int | None:
+    """Values lie below it; an index of experts may be their number, a dropped slot."""
+    return means.bound if means.bound is None else means.bound + means.droppable
 
 
 def _is_integer(value: ir.Value) -> bool:

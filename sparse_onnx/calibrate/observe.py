@@ -11,6 +11,7 @@ import onnx_ir as ir
 from sparse_onnx import targets
 from sparse_onnx.core.collector import paused
 from sparse_onnx.core.errors import OutsideError, SparseOnnxError
+from sparse_onnx.graph import stats
 from sparse_onnx.graph.build import Emitter, Namespace
 from sparse_onnx.matching.linear import MICROSOFT
 from sparse_onnx.matching.values import attribute, scalar
@@ -18,6 +19,10 @@ from sparse_onnx.optimize import runner
 from sparse_onnx.optimize.choose import choose
 from sparse_onnx.passes.repair_scatter_add import RepairScatterAdd
 from sparse_onnx.targets import session as sessions
+
+#: Bytes of weights from which on ORT keeps no packed copies of them: it maps the files, and multiplies more slowly.
+_LARGE = 2 << 30
+_MAPPED = {"session.disable_prepacking": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +72,10 @@ class Observed:
             _count(emit, values[value.name or ""], operator) for value, operator in rectified
         )
         copy.graph.extend(emit.nodes)
-        self._session = sessions.create_session(_lowered(copy), threads=threads, name="the model")
+        entries = _MAPPED if stats.weight_bytes(model) > _LARGE else None
+        self._session = sessions.create_session(
+            _lowered(copy), threads=threads, entries=entries, name="the model"
+        )
 
     def __call__(self, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
         """The values of these names in one run.
