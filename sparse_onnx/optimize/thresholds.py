@@ -7,19 +7,16 @@ centre and all layers stay as they are; the finished model is measured on the ot
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.calibrate.data import Data
-from sparse_onnx.calibrate.digests import digest
-from sparse_onnx.core.calibration import Calibration
 from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError, UsageError, VerificationError
 from sparse_onnx.core.report import QualityRecord, SiteRecord, ThresholdsRecord
-from sparse_onnx.graph.annotate import annotate
 from sparse_onnx.kernels import path as kernel_path
+from sparse_onnx.optimize.evaluation import evaluation_runs
 from sparse_onnx.optimize.quality import Budget, Feeds, Judge, Measured
 from sparse_onnx.optimize.request import Request
 from sparse_onnx.optimize.watched import Dialled, Seen, check_layers, measure_skipping
@@ -69,10 +66,9 @@ class Thresholds:
             Clock.of(model)
         self.evaluation: list[Feeds] = []
         if asked.evaluation:
-            annotate(model)
-            data = Data(model, asked.evaluation, model_path=source, tokenizer=asked.tokenizer)
-            _require_held_out(data.files, asked.calibration)
-            self.evaluation = [run.feeds for run in data]
+            self.evaluation = evaluation_runs(
+                model, source, asked.evaluation, asked.tokenizer, asked.calibration
+            )
             if asked.budget is not None and len(self.evaluation) < 2:
                 raise UsageError(
                     "the evaluation data are one run: a budget needs two, to search on and to measure on",
@@ -312,16 +308,3 @@ def _built() -> bool:
     except UsageError:
         return False
     return True
-
-
-def _require_held_out(files: Sequence[Path], calibration: Calibration) -> None:
-    """
-    Raises:
-        UsageError: a file, under whatever name, that calibration has seen.
-    """
-    known = set(calibration.data.digests)
-    for path in files:
-        if digest(path) in known:
-            raise UsageError(
-                "calibration has seen this file: quality on it says nothing", "give other data", str(path)
-            )

@@ -78,7 +78,7 @@ def greedy(curves: Sequence[Curve]) -> Floats:
         state[step.group] = step.end
         skipped += width
     path[level:] = state
-    return path
+    return np.maximum.accumulate(path, axis=0)  # rounding alone would make it fall
 
 
 def uniform(curves: Sequence[Curve]) -> Floats:
