@@ -186,10 +186,12 @@ def optimize(
         with materialised(model) if skips is not None else contextlib.nullcontext(model) as runnable:
             report.verify = checks.finish(runnable)
             if skips is not None:
-                report.thresholds, notes = skips.finish(runnable)
+                report.thresholds, notes = skips.finish(runnable, whole=report.verify.method == "whole")
                 report.notes += notes
         if skips is not None:
             skips.set(model)
+            if report.verify.passed is None and skips.compared:
+                report.verify = VerifyRecord("blocks", True, inputs=["each thresholded layer"])
         report.placement = checks.placement
         report.notes += [*result.notes, *checks.notes]
         if REQUIRES_KEY in model.metadata_props:

@@ -104,7 +104,8 @@ class Checks:
         )
         if note and note not in self.notes:
             self.notes.append(note)
-        if not record.passed:
+        alone = record.passed is None and bool(self.skips)  # no blocks: layers are compared one by one, later
+        if not record.passed and not alone:
             raise VerificationError(f"{what} differs from its original: {record.failure}", OUR_FAULT)
         self.placement = [PlacementRecord(self.profile.provider, stats.node_count(model))]
         return record

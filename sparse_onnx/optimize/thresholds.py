@@ -17,6 +17,7 @@ from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError, UsageError
 from sparse_onnx.core.report import QualityRecord, SiteRecord, ThresholdsRecord
 from sparse_onnx.kernels import path as kernel_path
 from sparse_onnx.optimize.evaluation import evaluation_runs
+from sparse_onnx.optimize.kept_weights import compare_weights
 from sparse_onnx.optimize.quality import Budget, Feeds, Judge, Measured
 from sparse_onnx.optimize.request import Request
 from sparse_onnx.optimize.watched import Dialled, Seen, check_layers, measure_skipping
@@ -76,6 +77,9 @@ class Thresholds:
                 )
         self.quality: list[QualityRecord] = []
         self.plan: Plan | None = None
+        self.before: ir.Model | None = None
+        self.compared = 0
+        """Layers whose weights were compared with what they were, one by one."""
 
     @property
     def search_half(self) -> list[Feeds]:
@@ -93,6 +97,7 @@ class Thresholds:
             ImpossibleError: so much cannot be skipped.
         """
         asked = self.asked
+        self.before = model.clone()
         if asked.budget is None:
             level, sparsity = None, asked.sparsity
         else:
@@ -151,8 +156,12 @@ class Thresholds:
             )
         return low
 
-    def finish(self, model: ir.Model) -> tuple[ThresholdsRecord, list[str]]:
+    def finish(self, model: ir.Model, whole: bool) -> tuple[ThresholdsRecord, list[str]]:
         """Measures and checks the finished model, which runs at level 0 so far.
+
+        Args:
+            model: the finished model.
+            whole: whether it was compared as a whole at that level; else its layers are, one by one.
 
         Raises:
             VerificationError: a layer is not what numpy says, or the budget is missed.
@@ -162,6 +171,9 @@ class Thresholds:
         if record is None:
             raise ImpossibleError("no layer of this model can be thresholded", "--explain says why")
         notes = [self._check(model, record.level_input, plan.level)]
+        if not whole and plan.mode != "simulate" and self.before is not None:
+            self.compared = compare_weights(self.before, model)
+            notes.append(f"{self.compared} thresholded layers have the weights and biases that they had")
         if self.evaluation:
             self.say("measuring quality and what is skipped")
             self._measure(model, record.level_input, plan.level)

@@ -90,7 +90,7 @@ def measure_skipping(
     if not watch:
         return found
     copy = model.clone()
-    values = _values(copy)
+    values = values_of(copy)
     emit = Emitter(copy.graph, Namespace(copy), "sparse_onnx/skipping")
     outputs = len(copy.graph.outputs)
     for item in watch.values():
@@ -120,7 +120,7 @@ def _emit_skipped(emit: Emitter, values: dict[str, ir.Value], item: Acting) -> i
     return emit.op("LessOrEqual", distance, bound)
 
 
-def _values(model: ir.Model) -> dict[str, ir.Value]:
+def values_of(model: ir.Model) -> dict[str, ir.Value]:
     found = dict(model.graph.initializers)
     found |= {value.name or "": value for value in model.graph.inputs}
     found |= {value.name or "": value for node in model.graph for value in node.outputs}
@@ -146,7 +146,7 @@ def check_layers(
     """
     items = [item for item in acting(model) if not item.inner]
     copy = model.clone()
-    values = _values(copy)
+    values = values_of(copy)
     wanted = dict.fromkeys(name for item in items for name in (item.input, item.bound, item.layer) if name)
     wanted_values = [values[name] for name in wanted if not values[name].is_graph_output()]
     copy.graph.outputs.extend(value for value in wanted_values if not value.is_initializer())
@@ -180,7 +180,7 @@ def _seen(
 def _error(
     item: Acting, values: dict[str, ir.Value], x: np.ndarray, y: np.ndarray, bound: np.ndarray
 ) -> float:
-    weight, folded, centre = _numbers(item, values)
+    weight, folded, centre = numbers_of(item, values)
     expected = thresholded_reference(x, weight, bound, centre, folded)
     scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0)) or 1.0
     gap = np.abs(y.astype(np.float64) - expected)
@@ -200,7 +200,7 @@ def _error(
     return error
 
 
-def _numbers(item: Acting, values: dict[str, ir.Value]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def numbers_of(item: Acting, values: dict[str, ir.Value]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weight ``[K, N]``, folded bias and centre of a layer, as the model holds them."""
     held = values[item.centre].const_value
     assert held is not None

@@ -27,6 +27,7 @@ from sparse_onnx.core.errors import (
 )
 from sparse_onnx.graph import io
 from sparse_onnx.passes.insert_thresholds import InsertThresholds
+from sparse_onnx.sparsify import layers
 from sparse_onnx.sparsify.record import acting, thresholds_of
 from sparse_onnx.targets import session as sessions
 
@@ -364,3 +365,45 @@ def test_what_acts_can_be_read_from_the_file(case: Case) -> None:
     found = acting(io.load(case.folder / "out.onnx"))
     assert [item.site for item in found] == ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
     assert all(item.nbytes == 48 * 96 * 4 and not item.inner for item in found)
+
+
+def test_models_too_large_to_run_whole_are_compared_layer_by_layer(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparse_onnx.verify.lowering.WHOLE_BYTES", 0)
+    monkeypatch.setattr("sparse_onnx.optimize.checks._fits", lambda model: False)
+    report = case.optimize(sparsity=0.4)
+    assert report.verify.method == "blocks"
+    assert any(
+        "4 thresholded layers have the weights and biases that they had" in note for note in report.notes
+    )
+    right = layers.operands
+
+    def wrong(*arguments: Any) -> Any:
+        found = right(*arguments)
+        weight = found.tensors["W"]
+        found.tensors["W"] = (
+            ir.Tensor(weight.numpy() * np.float32(1.001), name="W") if arguments[2] else weight
+        )
+        return found
+
+    monkeypatch.setattr(layers, "operands", wrong)
+    with pytest.raises(VerificationError, match="has other weights than before"):
+        case.optimize("never.onnx", sparsity=0.4)
+
+
+@pytest.mark.parametrize("what", ["weights", "bias"])
+def test_a_wrong_rewrite_is_not_written(case: Case, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    right = getattr(layers, "operands" if what == "weights" else "folded")
+
+    def wrong(*arguments: Any) -> Any:
+        found = right(*arguments)
+        if what == "bias":
+            return found + 0.01
+        weight = found.tensors["W"]
+        found.tensors["W"] = ir.Tensor(weight.numpy()[::-1].copy(), name="W") if arguments[2] else weight
+        return found
+
+    monkeypatch.setattr(layers, what.replace("weights", "operands").replace("bias", "folded"), wrong)
+    with pytest.raises(VerificationError, match="differs from its original"):
+        case.optimize("never.onnx", sparsity=0.4)

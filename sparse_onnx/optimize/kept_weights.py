@@ -1,0 +1,83 @@
+"""Thresholded layers of models too large to be run whole: the same weights as before, one layer at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.core.errors import VerificationError
+from sparse_onnx.graph.external import read_array
+from sparse_onnx.matching.layers import Layer, layer
+from sparse_onnx.matching.linear import stored_bias
+from sparse_onnx.matching.values import pairs, tensor
+from sparse_onnx.optimize.watched import numbers_of, values_of
+from sparse_onnx.sparsify.record import acting
+
+_TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
+
+
+def compare_weights(before: ir.Model, after: ir.Model) -> int:
+    """What a thresholded layer computes at level 0 is X W + bias with the matrix and bias that it had.
+
+    Args:
+        before: without thresholds.
+        after: with them. Layers of experts, which have no counterpart in `before`, are passed over.
+
+    Returns:
+        How many layers were compared.
+
+    Raises:
+        VerificationError: names the layer.
+    """
+    old, new = _all_values(before), values_of(after)
+    compared = 0
+    for item in acting(after):
+        found = None if item.inner else _layer_of(old.get(item.layer))
+        if found is None:
+            continue
+        original, bias = found
+        weight, folded, centre = numbers_of(item, new)
+        expected = original.weight.numbers().astype(np.float64)
+        base = (
+            np.zeros(original.weight.outputs)
+            if bias is None
+            else read_array(bias).astype(np.float64).reshape(-1)
+        )
+        spread = np.broadcast_to(centre.astype(np.float64).reshape(-1), (original.weight.inputs,))
+        name = "float32" if original.input.dtype is None else str(original.input.dtype.numpy().__name__)
+        tolerance = _TOLERANCE.get(name, 1e-6)
+        sums = np.abs(base) + np.abs(spread) @ np.abs(expected)
+        gap = np.abs(folded.astype(np.float64) - (base + spread @ expected))
+        if weight.shape != expected.shape or not np.array_equal(weight.astype(np.float64), expected):
+            raise _differs(item.layer, "other weights")
+        if (gap > tolerance * np.maximum(sums, 1e-30)).any():
+            raise _differs(item.layer, "another bias")
+        compared += 1
+    return compared
+
+
+def _differs(name: str, what: str) -> VerificationError:
+    return VerificationError(
+        f"thresholded layer '{name}' has {what} than before",
+        "nothing was written; please report it, this is a fault of sparse-onnx",
+    )
+
+
+def _all_values(model: ir.Model) -> dict[str, ir.Value]:
+    return {value.name or "": value for node in model.graph for value in node.outputs}
+
+
+def _layer_of(value: ir.Value | None) -> tuple[Layer, ir.TensorProtocol | None] | None:
+    """The layer that computes a value, an Add behind it counted in, and its bias."""
+    node = None if value is None else value.producer()
+    if node is None:
+        return None
+    found = layer(node)
+    if found is not None:
+        return found, None if found.bias is None else tensor(found.bias)
+    for product, constant in pairs(node) if node.op_type == "Add" and node.domain == "" else ():
+        inner = product.producer()
+        own = None if inner is None or stored_bias(constant) is None else layer(inner)
+        if own is not None and own.bias is None:
+            return own, tensor(constant)
+    return None
