@@ -44,7 +44,7 @@ def compare_weights(before: ir.Model, after: ir.Model) -> int:
             else read_array(bias).astype(np.float64).reshape(-1)
         )
         spread = np.broadcast_to(centre.astype(np.float64).reshape(-1), (original.weight.inputs,))
-        name = "float32" if original.input.dtype is None else str(original.input.dtype.numpy().__name__)
+        name = "float32" if original.input.dtype is None else original.input.dtype.numpy().name
         tolerance = _TOLERANCE.get(name, 1e-6)
         sums = np.abs(base) + np.abs(spread) @ np.abs(expected)
         gap = np.abs(folded.astype(np.float64) - (base + spread @ expected))

@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("torch")
 
-import sparse_onnx  # noqa: E402
-from sparse_onnx.models.corpus import held_out_text, training_text  # noqa: E402
-from sparse_onnx.models.quality import bits_per_byte  # noqa: E402
-from sparse_onnx.targets import session as sessions  # noqa: E402
+import sparse_onnx
+from sparse_onnx.models.corpus import held_out_text, training_text
+from sparse_onnx.models.quality import bits_per_byte
+from sparse_onnx.targets import session as sessions
 
 LEVEL = "sparsity_level"
 
