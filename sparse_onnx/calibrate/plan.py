@@ -60,7 +60,8 @@ def plan(model: ir.Model) -> Plan:
     """What can be measured of a prepared model."""
     found = sites(model)
     refusals = list(found.refusals)
-    layers, experts = [], {}
+    layers: list[tuple[Site, SiteCollector]] = []
+    experts: dict[str, tuple[Site, ...]] = {}
     for site in found:
         if site.block is not None:
             experts[site.block.name] = (*experts.get(site.block.name, ()), site)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -46,31 +46,26 @@ def _layers(out: Console, layers: Sequence[SiteRecord], verbose: bool) -> None:
     for layer in layers:
         key = layer.name if verbose else re.sub(r"\d+", "#", layer.name)
         groups.setdefault(f"{key} {layer.rows} {layer.columns}", []).append(layer)
-    rows = []
-    for group in groups.values():
-        first = group[0]
-        count = f" x {len(group)}" if len(group) > 1 else ""
-
-        def mean(of: Callable[[SiteRecord], float], group: Sequence[SiteRecord] = group) -> float:
-            return statistics.fmean(map(of, group))
-
-        errors = [f"{mean(lambda layer, share=share: best_error(layer, share)[1]):.3f}" for share in _SHOWN]
-        centres = [best_error(layer, 0.5)[0] for layer in group]
-        shape = f"{first.rows} -> {'+'.join(map(str, first.columns))}"
-        rows.append(
-            (
-                *(
-                    folded_name([layer.name for layer in group]) + count,
-                    shape,
-                    size(sum(_.bytes for _ in group)),
-                ),
-                *(f"{mean(lambda layer: layer.zeros):.1%}", f"{mean(lambda layer: layer.median):.3g}"),
-                *(f"{mean(lambda layer: layer.mode):.3g}", max(CENTRES, key=centres.count), *errors),
-            )
-        )
+    rows = [_row(group) for group in groups.values()]
     shown = [f"error at {share:.0%}" for share in _SHOWN]
     columns = ["read by", "inputs", "weights", "zeros", "median", "mode", "best centre", *shown]
     table(out, columns, rows, right=["weights", "zeros", "median", "mode", *shown])
+
+
+def _row(group: Sequence[SiteRecord]) -> list[str]:
+    """Means over layers that are alike; the centre that is best of most of them when half of the values are dropped."""
+    first, count = group[0], f" x {len(group)}" if len(group) > 1 else ""
+    centres = [best_error(layer, 0.5)[0] for layer in group]
+    return [
+        folded_name([layer.name for layer in group]) + count,
+        f"{first.rows} -> {'+'.join(map(str, first.columns))}",
+        size(sum(layer.bytes for layer in group)),
+        f"{statistics.fmean(layer.zeros for layer in group):.1%}",
+        f"{statistics.fmean(layer.median for layer in group):.3g}",
+        f"{statistics.fmean(layer.mode for layer in group):.3g}",
+        max(CENTRES, key=centres.count),
+        *(f"{statistics.fmean(best_error(layer, share)[1] for layer in group):.3f}" for share in _SHOWN),
+    ]
 
 
 def best_error(layer: SiteRecord, share: float) -> tuple[str, float]:
