@@ -37,7 +37,7 @@ def parse_passes(texts: tuple[str, ...]) -> dict[str, dict[str, str]]:
 )
 @click.option("--tune", is_flag=True, help="Measure the forms here and give each block the fastest.")
 @options.tokens("1,64", "Token counts that --tune measures at.")
-@options.threads(None, "Threads that --tune measures with; default: all processors.")
+@options.threads(None, "Threads that --tune and --eval-data measure with; default: all processors.")
 @click.option(
     "--tuning",
     metavar="FILE",

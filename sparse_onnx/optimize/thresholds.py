@@ -182,6 +182,12 @@ class Thresholds:
             if self.evaluation
             else {}
         )
+        if plan.mode == "gather":
+            low = [name for name, each in seen.items() if each.share is not None and each.share < plan.least]
+            if low:
+                notes.append(
+                    f"measured, {len(low)} sites skip less than {plan.least:.0%}: gathering slows them down"
+                )
         if self.asked.dense_first is not None:
             self._check_guard(model, record.level_input, plan.level)
             notes.append(

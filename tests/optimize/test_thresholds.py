@@ -407,3 +407,22 @@ def test_a_wrong_rewrite_is_not_written(case: Case, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(layers, what.replace("weights", "operands").replace("bias", "folded"), wrong)
     with pytest.raises(VerificationError, match="differs from its original"):
         case.optimize("never.onnx", sparsity=0.4)
+
+
+def test_a_result_is_optimized_again_as_any_model_is(case: Case) -> None:
+    case.optimize(sparsity=0.4)
+    before = (case.folder / "out.onnx").read_bytes()
+    report = sparse_onnx.optimize(case.folder / "out.onnx", case.folder / "again.onnx")
+    assert "nothing to do" in report.notes[0] and (case.folder / "again.onnx").read_bytes() == before
+    with pytest.raises(UsageError, match="of another model"):
+        sparse_onnx.optimize(
+            case.folder / "out.onnx", case.folder / "never.onnx", thresholds=case.file, sparsity=0.4
+        )
+
+
+def test_every_step_can_be_verified_and_none(case: Case) -> None:
+    report = case.optimize(sparsity=0.4, verify="each")
+    assert report.verify.passed and report.thresholds.level > 30
+    report = case.optimize("unverified.onnx", sparsity=0.4, verify="none")
+    assert report.verify.passed is None
+    assert (case.folder / "unverified.onnx").read_bytes() != (case.folder / "in.onnx").read_bytes()
