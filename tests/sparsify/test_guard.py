@@ -68,9 +68,8 @@ def fed(model: ir.Model, cached: list[int], tokens: int) -> dict[str, np.ndarray
             mask[row, : longest - count] = 0
         feeds["attention_mask"] = mask
     if "position_ids" in names:
-        feeds["position_ids"] = np.array([np.arange(count, count + tokens) for count in cached]).reshape(
-            batch, tokens
-        )
+        counted = np.array(cached, np.int64)[:, None] + np.arange(tokens)
+        feeds["position_ids"] = counted.reshape(batch, tokens)
     if "past_key_values.0.key" in names:
         feeds["past_key_values.0.key"] = np.zeros((batch, 2, longest, 4), np.float32)
     return feeds
