@@ -44,7 +44,7 @@ from sparse_onnx.sparsify.emit import Threshold
 from sparse_onnx.sparsify.experts import block_obstacle
 from sparse_onnx.sparsify.layers import Writer, obstacle, oldest_opset
 from sparse_onnx.sparsify.plan import Plan, SitePlan
-from sparse_onnx.sparsify.record import Thresholds, record_thresholds, thresholds_of
+from sparse_onnx.sparsify.record import Thresholds, forget, record_thresholds, thresholds_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +128,7 @@ class InsertThresholds(Pass):
     def _write(
         self, model: ir.Model, chosen: Sequence[tuple[Site, SitePlan, list[Layer]]], left: Sequence[str]
     ) -> None:
+        forget(model)
         names, types = Namespace(model), [_dtype(site, kept) for site, _, kept in chosen]
         kinds = [ir.DataType.INT64] * len(types) if self.plan.top_k else types
         tables = [plan.table for _, plan, _ in chosen]

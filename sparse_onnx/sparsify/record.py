@@ -57,6 +57,12 @@ def tag(node: ir.Node, acting: Acting) -> None:
     node.metadata_props[ACTING_KEY] = json.dumps(entry)
 
 
+def forget(model: ir.Model) -> None:
+    """Removes what a file says of thresholds that its graph does not have."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.pop(ACTING_KEY, None)
+
+
 def acting(model: ir.Model) -> list[Acting]:
     """All thresholded layers, in graph order. Entries that are not ours are passed over."""
     found = []

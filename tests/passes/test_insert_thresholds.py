@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sparse_onnx.core.errors import UsageError
 from sparse_onnx.core.passes import Outcome, parse_options
+from sparse_onnx.matching.sites import sites
 from sparse_onnx.optimize.watched import check_layers
 from sparse_onnx.passes.branch_experts import BranchExperts
 from sparse_onnx.passes.fuse_gating import FuseGating
@@ -270,3 +271,20 @@ def test_layers_in_bodies() -> None:
             dense = run_model(before, feeds)[0]
             assert close(dense, run_model(changed, feeds | {LEVEL: np.array(0)})[0], 1e-6)
             assert close(dense, run_model(changed, feeds)[0], 1e-2) != condition
+
+
+def test_what_a_file_says_of_thresholds_that_are_not_there_is_forgotten() -> None:
+    model = dense_model()
+    before = prepared(ir.from_proto(copy.deepcopy(model)))
+    for node in model.graph.node:
+        for key, value in (
+            ("sparse_onnx.threshold", '{"site": "a", "input": "b", "bound": "c", "centre": "d", "nbytes": 1, '
+             '"weight": "", "folded": ""}'),
+            ("sparse_onnx.expert_thresholds", '{"fc1": {"site": 3}, "x": []}'),
+        ):  # fmt: skip
+            entry = node.metadata_props.add()
+            entry.key, entry.value = key, value
+    model.metadata_props.add(key="sparse_onnx.thresholds", value="[1, {")
+    changed, outcome = after(model, plan_for(before, "native"))
+    assert outcome.rewritten == 4
+    assert [item.site for item in acting(changed)] == [site.name for site in sites(before)]
