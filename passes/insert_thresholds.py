@@ -110,7 +110,9 @@ class InsertThresholds(Pass):
                 continue
             reason = f"layer '{layer.output.name}': {problem[0]}"
             refusals.append(Refusal(reason, layer.node.name or "", problem[1], self.name))
-        for role in site.roles if site.block is not None else ():
+        if site.block is None:
+            return kept, refusals
+        for role in site.roles:
             problem = block_obstacle(site.block, role, self.plan.mode, plan.centre)
             if problem is not None:
                 reason = f"site '{site.name}': {problem[0]}"

@@ -127,6 +127,7 @@ def run(
                 before(item.step.phase, model)
             phase = item.step.phase
             item = planned[at]  # its options may be known only now
+            assert item.run is not None
             if progress is not None:
                 progress(f"{item.step.phase}: {item.step.name}")
             start = time.perf_counter()
