@@ -186,7 +186,9 @@ def optimize(
         with materialised(model) if skips is not None else contextlib.nullcontext(model) as runnable:
             report.verify = checks.finish(runnable)
             if skips is not None:
-                report.thresholds, notes = skips.finish(runnable, whole=report.verify.method == "whole")
+                report.thresholds, notes = skips.finish(
+                    runnable, verify != "none", whole=report.verify.method == "whole"
+                )
                 report.notes += notes
         if skips is not None:
             skips.set(model)

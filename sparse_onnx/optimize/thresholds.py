@@ -156,11 +156,12 @@ class Thresholds:
             )
         return low
 
-    def finish(self, model: ir.Model, whole: bool) -> tuple[ThresholdsRecord, list[str]]:
+    def finish(self, model: ir.Model, check: bool, whole: bool) -> tuple[ThresholdsRecord, list[str]]:
         """Measures and checks the finished model, which runs at level 0 so far.
 
         Args:
             model: the finished model.
+            check: whether to compare layers with numpy.
             whole: whether it was compared as a whole at that level; else its layers are, one by one.
 
         Raises:
@@ -170,8 +171,8 @@ class Thresholds:
         assert plan is not None
         if record is None:
             raise ImpossibleError("no layer of this model can be thresholded", "--explain says why")
-        notes = [self._check(model, record.level_input, plan.level)]
-        if not whole and plan.mode != "simulate" and self.before is not None:
+        notes = [self._check(model, record.level_input, plan.level)] if check else []
+        if check and not whole and plan.mode != "simulate" and self.before is not None:
             self.compared = compare_weights(self.before, model)
             notes.append(f"{self.compared} thresholded layers have the weights and biases that they had")
         if self.evaluation:
