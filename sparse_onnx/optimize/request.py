@@ -76,7 +76,7 @@ def request(
         os.fspath(path),
         None if budget is None else Budget.parse(budget),
         sparsity,
-        tuple(map(os.fspath, evaluation)),
+        tuple(os.fspath(path) for path in evaluation),
         method,  # type: ignore[arg-type]
         allocation,  # type: ignore[arg-type]
         mode,  # type: ignore[arg-type]

@@ -293,7 +293,7 @@ class Thresholds:
                 SiteRecord(name, len(items), site.centring, expected, measured, round(read), round(skipped))
             )
         whole = round(sum(costs.reads))
-        skipped = sum(row.bytes_skipped for row in rows)
+        left_out = sum(row.bytes_skipped for row in rows)
         return ThresholdsRecord(
             calibration=self.asked.path,
             method=self.asked.method,
@@ -302,8 +302,8 @@ class Thresholds:
             level_input=level_input,
             dense_first=self.asked.dense_first,
             bytes=whole,
-            bytes_skipped=skipped,
-            share_skipped=skipped / whole if whole else 0.0,
+            bytes_skipped=left_out,
+            share_skipped=left_out / whole if whole else 0.0,
             measured=bool(seen),
             quality=self.quality,
             sites=rows,
