@@ -11,7 +11,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,15 +23,19 @@ if TYPE_CHECKING:
 
 MODEL = "zoo:byte-moe"
 THREADS = 2
+#: Bytes of the training text that thresholds are calibrated on.
+_CALIBRATED = 60_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to optimize the model: the options of its lossy passes, and the form of its blocks."""
+    """One way to optimize the model: the options of its lossy passes, the form of its blocks, and what has layers skip
+    inputs."""
 
     title: str
     passes: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     form: str = "grouped"
+    skipping: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,10 @@ def variants() -> list[Variant]:
                         activations=activations,
                     )
                 )
+    for share in (0.2, 0.3, 0.4, 0.5):
+        for method in ("scap", "teal"):
+            title = f"all linear layers: {share:.0%} of weights skipped, {method}"
+            found.append(Variant(title, skipping={"sparsity": share, "method": method}))
     # With two experts a token, top_p = 1 - threshold is the same.
     return found + [_adapted(threshold=value) for value in (0.1, 0.2, 0.3, 0.4)]
 
@@ -103,7 +111,10 @@ def measure(
         if progress is not None:
             progress(variant.title)
         path = folder / f"{index}.onnx"
-        report = optimize(exported, path, form=variant.form, passes=variant.passes)
+        options = dict(variant.skipping)
+        if options:
+            options["thresholds"] = _calibrated(exported, folder)
+        report = optimize(exported, path, form=variant.form, passes=variant.passes, **options)
         assert report.output is not None
         model = io.load(path)
         watch = routers(model)
@@ -113,6 +124,18 @@ def measure(
         bits = bits_per_byte(seen, text)
         found.append(Quality(variant.title, bits, report.output.weight_bytes, seen.experts))
     return found
+
+
+def _calibrated(exported: Path, folder: Path) -> Path:
+    """Statistics of the model on a part of what it was trained on, made once."""
+    from sparse_onnx.calibrate import calibrate
+    from sparse_onnx.models.corpus import training_text
+
+    path, text = folder / "calib.json", folder / "training.txt"
+    if not path.exists():
+        text.write_bytes(training_text()[:_CALIBRATED])
+        calibrate(exported, text, path)
+    return path
 
 
 class _Seen:

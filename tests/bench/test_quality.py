@@ -22,15 +22,19 @@ def test_the_model_as_it_is_deployed(tmp_path: Path) -> None:
         wanted["int8 rows, DynamicQuantizeMatMul"],
         wanted["int4 blocks of 32 with zero points, activations int8"],
         wanted["experts by threshold 0.4"],
+        wanted["all linear layers: 30% of weights skipped, scap"],
     ]
     told: list[str] = []
-    plain, dynamic, four, fewer = measure(exported, tmp_path, chosen, held_out_text()[:4096], told.append)
+    plain, dynamic, four, fewer, skipping = measure(
+        exported, tmp_path, chosen, held_out_text()[:4096], told.append
+    )
     assert told == [variant.title for variant in chosen]
     assert 1 < plain.bits_per_byte < 3 and plain.experts == 2
     for row in (dynamic, four):
         assert row.bits_per_byte != plain.bits_per_byte
         assert row.bits_per_byte == pytest.approx(plain.bits_per_byte, rel=0.02) and row.experts == 2
     assert four.weight_bytes < dynamic.weight_bytes < plain.weight_bytes / 2
+    assert plain.bits_per_byte < skipping.bits_per_byte < plain.bits_per_byte * 1.01
     assert fewer.experts < 1.5 and plain.bits_per_byte < fewer.bits_per_byte < plain.bits_per_byte * 1.1
 
 
