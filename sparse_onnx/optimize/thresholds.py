@@ -304,7 +304,7 @@ class Thresholds:
             bytes=whole,
             bytes_skipped=left_out,
             share_skipped=left_out / whole if whole else 0.0,
-            measured=bool(seen),
+            measured=all(row.measured is not None for row in rows),
             quality=self.quality,
             sites=rows,
         )

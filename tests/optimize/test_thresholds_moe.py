@@ -1,0 +1,84 @@
+"""Experts that skip inputs: calibrated, measured, verified whole and block by block, quantized as well."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import Shape, layered_model, save_external
+
+import sparse_onnx
+from sparse_onnx.graph import io
+from sparse_onnx.targets import session as sessions
+
+SHAPE = Shape(experts=4, hidden=32, inner=48, biases=True)
+LEVEL = "sparsity_level"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("moe")
+    save_external(layered_model(SHAPE), place / "in.onnx")
+    for name, seed in (("train", 0), ("eval", 1)):
+        x = np.random.default_rng(seed).standard_normal((2000, SHAPE.hidden)).astype(np.float32)
+        np.savez(place / f"{name}.npz", x=x)
+    sparse_onnx.calibrate(place / "in.onnx", place / "train.npz", place / "calib.json", threads=1)
+    return place
+
+
+def optimized(folder: Path, **options: Any) -> Any:
+    return sparse_onnx.optimize(
+        folder / "in.onnx",
+        folder / "out.onnx",
+        thresholds=folder / "calib.json",
+        eval_data=[folder / "eval.npz"],
+        threads=1,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("method", ["whole", "blocks"])
+def test_experts_skip_what_was_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    if method == "blocks":
+        monkeypatch.setattr("sparse_onnx.verify.lowering.WHOLE_BYTES", 0)
+        monkeypatch.setattr("sparse_onnx.verify.lowering.GROUP_BYTES", 40_000)  # two experts at a time
+        monkeypatch.setattr("sparse_onnx.optimize.checks._fits", lambda model: False)
+    report = optimized(folder, sparsity=0.4)
+    assert report.verify.method == method and report.verify.passed and report.verify.max_rel_error < 1e-5
+    found = report.thresholds
+    assert [site.name for site in found.sites] == [
+        f"layers.{at}.experts.{role}" for at in (0, 1) for role in ("up", "down")
+    ]
+    assert found.share_skipped == pytest.approx(0.4, abs=0.03)
+    read = (2 * 48 + 48) * 32 * 4 * SHAPE.top_k * 2
+    assert found.bytes == read, "one token's experts, of two layers"
+    session = sessions.create_session(folder / "out.onnx")
+    feeds = {"x": np.load(folder / "eval.npz")["x"][:50]}
+    dense = sessions.run(sessions.create_session(folder / "in.onnx"), feeds)[0]
+    off = sessions.run(session, feeds | {LEVEL: np.array(0)})[0]
+    assert np.abs(off - dense).max() < 3e-6 * np.abs(dense).max()
+
+
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+def test_quantized_experts_skip_too(folder: Path, bits: str) -> None:
+    report = optimized(folder, sparsity=0.4, quantize=bits)
+    assert report.verify.passed and len(report.thresholds.sites) == 4
+    kinds = [node.op_type for node in io.load(folder / "out.onnx").graph]
+    assert kinds.count("ThresholdedLinearNBits") == 2 * 2 * SHAPE.experts and "MatMulNBits" not in kinds
+    assert any("thresholded layers agree with numpy" in note for note in report.notes)
+
+
+def test_a_form_of_one_operator_gives_way(folder: Path) -> None:
+    report = optimized(folder, sparsity=0.4, form="fused")
+    assert {block.form for block in report.blocks} == {"grouped"}
+    assert any("experts' own layers" in refusal.reason for refusal in report.refusals)
+    assert len(report.thresholds.sites) == 4
+
+
+def test_branches_are_not_watched_and_the_report_says_so(folder: Path) -> None:
+    report = optimized(folder, sparsity=0.4, form="branched")
+    assert all(site.measured is None for site in report.thresholds.sites)
+    assert not report.thresholds.measured, "what is expected is not called measured"
+    assert any("were not reached" in note for note in report.notes) and report.verify.passed
