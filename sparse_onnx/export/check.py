@@ -220,4 +220,4 @@ def _worst(
 
 
 def _array(value: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(value.detach().cpu().numpy())
+    return np.asarray(value.detach().cpu().numpy(), order="C")  # ascontiguousarray makes scalars vectors

@@ -35,6 +35,7 @@ from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.sources import Source, leaves
 from sparse_onnx.graph import io, stats
 from sparse_onnx.inspect.blocks import block_records
+from sparse_onnx.passes.repair_cast_transpose import RepairCastTranspose
 from sparse_onnx.targets import session as sessions
 from sparse_onnx.verify.compare import TOLERANCES
 
@@ -159,6 +160,7 @@ def _finished(model: ir.Model, symbols: Mapping[str, str], found: list[experts.E
 def neutral(model: ir.Model, symbols: Mapping[str, str], found: list[experts.Experts]) -> None:
     """Tidied, labelled, in neutral form with its functions, in place."""
     translate.tidy(model)
+    RepairCastTranspose()(model)
     translate.label(model, symbols, found)
     blocks.attach_functions(model)
 

@@ -23,6 +23,7 @@ from sparse_onnx.export import (
     program_fixes,
     python_numbers,
     scans,
+    torch_functions,
     translate,
 )
 from sparse_onnx.export.failure import root_line
@@ -90,7 +91,7 @@ def trace(source: Source, found: list[experts.Experts], opset: int, *, lift: boo
 def _trace_module(
     source: Source, inputs: dict[str, Tensor], shapes: dict[str, Any], opset: int, *, rewritten: bool = False
 ) -> Traced:
-    with torch.no_grad():
+    with torch.no_grad(), torch_functions.replaced():
         program = torch.export.export(source.module, (), inputs, dynamic_shapes=shapes, strict=False)
     runnable, assumptions = _runnable(program, source.interface), guards.guards_of(program, source.interface)
     symbols = _symbols(program, source.interface)

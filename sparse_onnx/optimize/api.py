@@ -30,6 +30,7 @@ from sparse_onnx.optimize.resident import note, residency
 from sparse_onnx.optimize.tuning_file import TuningFile
 from sparse_onnx.passes import Phase
 from sparse_onnx.passes.fuse_moe_op import REQUIRES_KEY
+from sparse_onnx.passes.repair_cast_transpose import RepairCastTranspose
 from sparse_onnx.passes.repair_scatter_add import RepairScatterAdd
 from sparse_onnx.targets import machine
 from sparse_onnx.verify.lowering import verify_lowering
@@ -322,17 +323,22 @@ class _Checks:
 
 
 def _reference(source: str | os.PathLike[str]) -> ir.Model:
-    """The model as it was, with sums that ORT gets right."""
+    """The model as it was, as ORT can load it and gets it right."""
     model = io.load(source)
     with paused():
         annotate(model)
-        RepairScatterAdd()(model)
+        _repair(model)
     return model
 
 
 def _copy(model: ir.Model) -> ir.Model:
-    """The model in neutral form, with sums that ORT gets right."""
+    """The model in neutral form, as ORT can load it and gets it right."""
     with paused():
         copy = model.clone()
-        RepairScatterAdd()(copy)
+        _repair(copy)
     return copy
+
+
+def _repair(model: ir.Model) -> None:
+    RepairScatterAdd()(model)
+    RepairCastTranspose()(model)
