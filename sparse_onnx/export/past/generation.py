@@ -108,12 +108,14 @@ def _by_transformers(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens `[batch, count]` and their logits `[batch, count, vocabulary]`."""
     module: Any = source.module
+    given = {source.decoder.cache: source.decoder.empty()} if source.decoder.gives_cache else {}
     with torch.no_grad(), _nothing_but_greedy(module, count):
         result = module.generate(
             input_ids=torch.from_numpy(ids),
             attention_mask=torch.from_numpy(mask),
             return_dict_in_generate=True,
             output_logits=True,
+            **given,
         )
     logits = torch.stack(list(result.logits), dim=1).float().numpy()
     return result.sequences[:, ids.shape[1] :].numpy(), logits

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError
-from sparse_onnx.export import samples
+from sparse_onnx.export import patches, samples
 from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.past.cache import Decoder, presents
 from sparse_onnx.export.past.slots import HINT, Slot
@@ -34,6 +34,11 @@ _RUNS: tuple[tuple[int, int, int, Kind], ...] = (
 )
 #: Tokens of padding that end a past.
 _GAP = 2
+#: For a model of which the file is right where transformers is not.
+_STEPWISE = (
+    "transformers' own code for this model forgets its state where several tokens follow a past; the file goes on from "
+    "it, and was compared with transformers given one token after another"
+)
 #: Largest cache that a run beyond the window is made for.
 _MAX_BYTES = 1 << 30
 
@@ -124,11 +129,13 @@ def python_name(name: str) -> str:
 @dataclasses.dataclass(frozen=True)
 class PastSource(Source):
     """A decoder; `slots` are the tensors of its cache, in the order of the outputs behind the logits, and `plain` is
-    the same model without cache."""
+    the same model without cache. `stepwise` says that transformers' own code is right only for one token after a
+    past, so that it is given them one by one."""
 
     interface: PastInterface
     slots: tuple[Slot, ...] = ()
     plain: Source | None = None
+    stepwise: bool = False
 
     @property
     def decoder(self) -> Decoder:
@@ -136,11 +143,21 @@ class PastSource(Source):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Any:
         """Logits and new cache by the module with transformers' own cache, its sliding windows cut as they are."""
-        decoder, ids = self.decoder, inputs["input_ids"]
+        decoder, ids, mask = self.decoder, inputs["input_ids"], inputs["attention_mask"]
+        positions, new = inputs.get("position_ids"), ids.shape[1]
+        past = mask.shape[1] - new
+        pieces = [(at, at + 1) for at in range(new)] if self.stepwise and past else [(0, new)]
         with torch.no_grad():
-            cache = decoder.own(self.slots, inputs)
-            output = decoder(ids, inputs["attention_mask"], inputs.get("position_ids"), cache)
-            return output.logits, *presents(cache, self.slots, inputs, ids.shape[1])
+            cache, logits = decoder.own(self.slots, inputs), []
+            for start, end in pieces:
+                output = decoder(
+                    ids[:, start:end],
+                    mask[:, : past + end],
+                    None if positions is None else positions[:, start:end],
+                    cache,
+                )
+                logits.append(output.logits)
+            return torch.cat(logits, dim=1), *presents(cache, self.slots, inputs, new)
 
     def widened(self) -> PastSource:
         assert self.plain is not None
@@ -156,13 +173,19 @@ def with_past(source: Source) -> PastSource:
     decoder = Decoder.of(source.module)
     try:
         slots = decoder.layout()
-        decoder.require_continuing(slots)
+        stepwise = not decoder.continues(slots)
+        with patches.replaced(source.module):
+            forgets = stepwise and not decoder.continues(slots)
     except SparseOnnxError:
         raise
     except Exception as error:  # whatever the model raises where it is given a cache
         raise ImpossibleError(
             f"the model does not run with transformers' own cache: {first_line(error)}", HINT
         ) from error
+    if forgets:
+        raise ImpossibleError(
+            "transformers' own code for this model forgets its state where several tokens follow a past", HINT
+        )
     text = decoder.text
     longest = getattr(text, "max_position_embeddings", None)
     interface = PastInterface(_inputs(decoder, slots), tuple(decoder.thresholds()), longest)
@@ -171,9 +194,11 @@ def with_past(source: Source) -> PastSource:
         for length in interface.thresholds
         if not interface.exceeds(length) and (longest is None or longest > length)
     )
+    if stepwise:
+        notes += (_STEPWISE,)
     own = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
     changed = {"interface": interface, "is_transformers": True, "notes": (*source.notes, *notes)}
-    return PastSource(**{**own, **changed}, slots=slots, plain=source)
+    return PastSource(**{**own, **changed}, slots=slots, plain=source, stepwise=stepwise)
 
 
 def _inputs(decoder: Decoder, slots: tuple[Slot, ...]) -> dict[str, Spec]:
