@@ -99,5 +99,6 @@ FORWARDS: dict[str, Callable[..., Any]] = {
     "DeepseekV4HCACompressor": sparse_attention.heavily_compressed,
     "DeepseekV4CSACompressor": sparse_attention.sparsely_compressed,
     "DeepseekV4Indexer": sparse_attention.indexed,
+    "Glm5NextTextIndexer": sparse_attention.pooled_tokens,
     "Qwen4ExpTextQSAIndexer": sparse_attention.chosen_tokens,
 }

@@ -7,6 +7,7 @@ count is ever 0 or 1, and no branch on it is left.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -177,3 +178,40 @@ def chosen_tokens(
     block = (rank.clamp(min=0) // size).unsqueeze(1).expand(-1, length, -1)
     behind = block >= complete.unsqueeze(-1)
     return ((taken.gather(-1, block) | behind) & visible).unsqueeze(1)
+
+
+def pooled_tokens(
+    self: Any,
+    original: Callable[..., Any],
+    hidden_states: Tensor,
+    q_resid: Tensor,
+    attention_mask: Tensor,
+    cache: Any,
+) -> Any:
+    """GLM-5-Next's indexer, with pools of padding behind the tokens': always more than it chooses, none of which is
+    valid."""
+    self.get_pooled_states = functools.partial(_pools, self)
+    try:
+        return original(self, hidden_states, q_resid, attention_mask, cache)
+    finally:
+        del self.get_pooled_states
+
+
+def _pools(self: Any, packed_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Key `[batch, pools, width]` and tokens `[batch, pools, size]` of each pool, which begin at the first token that is
+    not padding, and whether it is whole `[batch, pools]`."""
+    size, width = self.index_kpool, self.head_dim
+    keys, gates, real = packed_states.split([width, width, 1], dim=-1)
+    batch, length = keys.shape[:2]
+    count = (length + size - 1) // size + self.index_topk // size + _MORE
+    real = real[..., 0].bool()
+    first = torch.where(real.any(-1), real.long().argmax(-1), torch.zeros_like(real[:, 0].long()) + length)
+    index = first[:, None] + torch.arange(count * size, device=keys.device)
+    place = index.clamp(0, length - 1)
+    kept = (real.gather(1, place) & (index < length)).unflatten(1, (count, size))
+    place = place.unsqueeze(-1).expand(-1, -1, width)
+    keys, gates = (each.gather(1, place).unflatten(1, (count, size)) for each in (keys, gates))
+    scores = (gates.float() + self.index_kpool_compress_ape.float()).masked_fill(~kept[..., None], -math.inf)
+    weights = torch.nan_to_num(scores.softmax(dim=2)).to(keys.dtype)
+    index = index.unflatten(1, (count, size)).masked_fill(~kept, -1)
+    return (weights * keys).sum(dim=2), index, kept.all(-1)
