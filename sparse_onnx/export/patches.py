@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_onnx.export import recurrences, sparse_attention
+from sparse_onnx.export import compressors, recurrences, sparse_attention
 
 
 @contextlib.contextmanager
@@ -96,9 +96,9 @@ FORWARDS: dict[str, Callable[..., Any]] = {
     "PhimoeRotaryEmbedding": _longrope,
     "JambaMambaMixer": recurrences.selective_scan,
     "MiniMaxLightningAttention": recurrences.lightning_attention,
-    "DeepseekV4HCACompressor": sparse_attention.heavily_compressed,
-    "DeepseekV4CSACompressor": sparse_attention.sparsely_compressed,
-    "DeepseekV4Indexer": sparse_attention.indexed,
+    "DeepseekV4HCACompressor": compressors.heavily_compressed,
+    "DeepseekV4CSACompressor": compressors.sparsely_compressed,
+    "DeepseekV4Indexer": compressors.indexed,
     "Glm5NextTextIndexer": sparse_attention.pooled_tokens,
     "Qwen4ExpTextQSAIndexer": sparse_attention.chosen_tokens,
 }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_onnx.core.errors import ImpossibleError
-from sparse_onnx.export.past import own_caches
+from sparse_onnx.export.past import compressed, own_caches
 from sparse_onnx.export.past.slots import HINT, Slot, fill, narrow, slots_of
 
 #: What rounding does not explain, relative to the largest logit.
@@ -99,7 +99,7 @@ class Decoder:
     def continues(self, slots: Sequence[Slot]) -> bool:
         """Whether several tokens after a past see what came before them. Jamba of transformers 5.24 forgets its states
         where more than one token follows."""
-        if all(slot.axis is not None for slot in slots):
+        if not any(slot.fixed for slot in slots):
             return True
         ids = torch.arange(9)[None] % int(self.text.vocab_size)
         cache = self.empty()
@@ -112,8 +112,10 @@ class Decoder:
         return float((expected - actual).abs().max()) <= _FORGOTTEN * float(expected.abs().max())
 
     def thresholds(self) -> list[int]:
-        """Lengths at which a model changes what it does: windows, chunks, the reach of short rotary factors."""
-        found = {getattr(layer, "sliding_window", None) for layer in self.empty().layers}
+        """Lengths at which a model changes what it does: windows, chunks, blocks that are compressed, the reach of
+        short rotary factors."""
+        names = ("sliding_window", "compress_rate")
+        found = {getattr(layer, name, None) for layer in self.empty().layers for name in names}
         rotary = getattr(self.text, "rope_parameters", None) or {}
         if rotary.get("rope_type") == "longrope":
             found.add(rotary.get("original_max_position_embeddings"))
@@ -127,7 +129,9 @@ class Decoder:
             if _length(slots, tensors):
                 fill(layer, named)
                 narrow(layer, _length(slots, tensors))
-            if hasattr(layer, "record_past") and hasattr(layer, "sliding_window"):
+            if compressed.is_compressing(layer):
+                compressed.recording(layer)
+            elif hasattr(layer, "record_past") and hasattr(layer, "sliding_window"):
                 layer.record_past = True  # or the newest tokens of a long input would be cut, too
         return cache
 
@@ -146,6 +150,8 @@ class Decoder:
             if type(layer) in kept:
                 states = {"number_of_states": layer.number_of_states} if hasattr(layer, "conv_states") else {}
                 cache.layers[index] = kept[type(layer)](**states)
+            elif compressed.is_compressing(layer):
+                cache.layers[index] = compressed.whole()
         for layer, named in _by_layer(cache, slots, tensors):
             fill(layer, named)
         return cache
@@ -164,7 +170,10 @@ def presents(
     """
     found = []
     for slot in slots:
-        value = slot.read(cache.layers[slot.layer])
+        layer = cache.layers[slot.layer]
+        value = slot.read(layer, tensors.get(slot.past))
+        if slot.kind == "key" and hasattr(layer, "newest"):
+            value = layer.newest
         if slot.axis is not None and tokens is not None:
             new = value.narrow(slot.axis, value.shape[slot.axis] - tokens, tokens)
             value = torch.cat([tensors[slot.past], new], dim=slot.axis)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_onnx.core.errors import ImpossibleError
+from sparse_onnx.export.past import compressed
 
 HINT = "export it without --past"
 #: Kinds of slots that grow with each token -> the axis, and where a layer of transformers keeps them.
@@ -28,8 +29,8 @@ class Slot:
 
     `kind` is ``key`` and ``value`` `[batch, heads, length, width]``, ``indexer_key`` `[batch, length, width]` and
     ``indexer_position`` `[batch, length]`, which grow with each token, or ``conv_state`` and ``recurrent_state``, which
-    do not; `index` counts the states of one layer. `alone` says that the layer has no other state or key, as LFM2's
-    convolutions.
+    do not; `index` counts the states of one layer. Of `compressed.parts` that which grows has a `rate`, the tokens of a
+    block. `alone` says that the layer has no other state or key, as LFM2's convolutions.
     """
 
     layer: int
@@ -38,11 +39,24 @@ class Slot:
     dtype: torch.dtype
     index: int = 0
     alone: bool = False
+    rate: int = 0
 
     @property
     def axis(self) -> int | None:
-        """The axis that grows."""
+        """The axis that grows with each token."""
         return _GROWING[self.kind][0] if self.kind in _GROWING else None
+
+    @property
+    def axes(self) -> dict[int, str]:
+        """Names of the dynamic axes of the past; those of the present have ``total`` for ``past``."""
+        if self.rate:
+            return {0: "batch", 1: blocks_axis(self.rate)}
+        return {0: "batch"} | ({} if self.axis is None else {self.axis: "past_sequence"})
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it does not grow, and so is zeros at first."""
+        return self.axis is None and not self.rate
 
     @property
     def past(self) -> str:
@@ -56,13 +70,25 @@ class Slot:
     def _suffix(self) -> str:
         return f"{self.kind}_{self.index}" if self.index else self.kind
 
-    def read(self, layer: Any) -> Tensor:
-        """From a layer of transformers' own cache."""
+    @property
+    def is_part(self) -> bool:
+        """Whether it is one of `compressed.parts`."""
+        return self.kind.startswith(("compressor_", "indexer_")) and self.kind not in _GROWING
+
+    def read(self, layer: Any, before: Tensor | None = None) -> Tensor:
+        """From a layer of a cache; `before` is the past's."""
+        if self.is_part:
+            return compressed.read(layer, self.kind, before)
         if self.kind == "indexer_position":
             return layer.indexer_position_ids[0]
         if self.axis is not None:
             return getattr(layer, _GROWING[self.kind][1])
         return getattr(layer, f"{self.kind}s")[self.index]
+
+
+def blocks_axis(rate: int) -> str:
+    """Name of an axis that has one entry for each whole block of so many tokens of the past."""
+    return f"past_blocks_{rate}"
 
 
 def slots_of(index: int, layer: Any) -> Iterator[Slot]:
@@ -81,6 +107,12 @@ def slots_of(index: int, layer: Any) -> Iterator[Slot]:
         cache_utils.LinearAttentionAndSlidingWindowAttentionLayer,
     )
     if isinstance(layer, cache_utils.DummyLayer):
+        return
+    if compressed.is_compressing(layer):
+        yield Slot(index, "key", tuple(layer.keys.shape), layer.keys.dtype)  # values are the same
+        for kind, shape, dtype in compressed.parts(layer):
+            rate = layer.compress_rate if kind.endswith("_compressed") else 0
+            yield Slot(index, kind, shape, dtype, rate=rate)
         return
     if type(layer) not in known:
         raise ImpossibleError(
@@ -106,6 +138,11 @@ def slots_of(index: int, layer: Any) -> Iterator[Slot]:
 
 def fill(layer: Any, named: Sequence[tuple[Slot, Tensor]]) -> None:
     """Has a fresh layer hold these tensors."""
+    parts = {slot.kind: value for slot, value in named if slot.is_part}
+    if parts:
+        named = named[: -len(parts)]
+        layer.keys = layer.values = named[0][1]
+        compressed.fill(layer, parts)
     for slot, value in named:
         layer.device, layer.dtype = value.device, value.dtype
         if slot.kind in ("key", "value"):

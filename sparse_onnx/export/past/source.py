@@ -15,7 +15,7 @@ from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError
 from sparse_onnx.export import patches, samples
 from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.past.cache import Decoder, presents
-from sparse_onnx.export.past.slots import HINT, Slot
+from sparse_onnx.export.past.slots import HINT, Slot, blocks_axis
 from sparse_onnx.export.samples import Interface, Kind, Spec
 from sparse_onnx.export.sources import Source
 
@@ -50,13 +50,26 @@ class PastInterface(Interface):
     cached: ClassVar[bool] = True
     thresholds: tuple[int, ...] = ()
     longest: int | None = None
+    rates: tuple[int, ...] = ()
+    """Tokens of the blocks of which a layer keeps one entry each."""
 
     @property
     def symbols(self) -> tuple[str, ...]:
         return "batch", "sequence", "past_sequence"
 
     def complete(self, sizes: Mapping[str, int]) -> Mapping[str, int]:
-        return {**sizes, "total_sequence": sizes["sequence"] + sizes["past_sequence"]}
+        past = sizes["past_sequence"]
+        blocks = {blocks_axis(rate): past // rate for rate in self.rates}
+        return {**sizes, "total_sequence": sizes["sequence"] + past, **blocks}
+
+    def traced_sizes(self) -> dict[str, int]:
+        """With a past of several blocks, as many of each kind as no other axis has."""
+        sizes = super().traced_sizes()
+        for past in range(sizes["past_sequence"], 16 * max(self.rates, default=1)):
+            values = self.complete({**sizes, "past_sequence": past}).values()
+            if len(set(values)) == len(values) and min(values) > 1:
+                return {**sizes, "past_sequence": past}
+        return sizes
 
     def draw(self, sizes: Mapping[str, int], kind: Kind = "random", seed: int = 0) -> dict[str, Tensor]:
         """Keys, values and states are random; without a past the states are zero, as both runtimes begin. Padding is
@@ -71,7 +84,7 @@ class PastInterface(Interface):
             drawn["position_ids"] = positions[:, -new:].contiguous()
         if not past:
             for name, spec in self.inputs.items():
-                if spec.dtype.is_floating_point and "past_sequence" not in spec.axes.values():
+                if spec.dtype.is_floating_point and len(spec.axes) == 1:
                     drawn[name] = torch.zeros_like(drawn[name])
         return drawn
 
@@ -188,7 +201,8 @@ def with_past(source: Source) -> PastSource:
         )
     text = decoder.text
     longest = getattr(text, "max_position_embeddings", None)
-    interface = PastInterface(_inputs(decoder, slots), tuple(decoder.thresholds()), longest)
+    rates = tuple(sorted({slot.rate for slot in slots} - {0}))
+    interface = PastInterface(_inputs(decoder, slots), tuple(decoder.thresholds()), longest, rates)
     notes = tuple(
         f"no input longer than {length} tokens was compared, from which on the model goes on otherwise: too large"
         for length in interface.thresholds
@@ -214,8 +228,14 @@ def _inputs(decoder: Decoder, slots: tuple[Slot, ...]) -> dict[str, Spec]:
         inputs["position_ids"] = Spec(positions, {0: "batch", 1: "sequence"})
     generator = torch.Generator().manual_seed(0)
     for slot in slots:
-        axes = {0: "batch"} | ({slot.axis: "past_sequence"} if slot.axis is not None else {})
-        shape = [3 if axis == slot.axis else size for axis, size in enumerate(slot.shape)]
-        example = torch.randn(2, *shape[1:], generator=generator).to(slot.dtype)
-        inputs[slot.past] = Spec(example, axes)
+        sizes = {"batch": 2, "past_sequence": 3} | (
+            {blocks_axis(slot.rate): 3 // slot.rate} if slot.rate else {}
+        )
+        shape = [
+            sizes[slot.axes[axis]] if axis in slot.axes else size for axis, size in enumerate(slot.shape)
+        ]
+        example = torch.randn(shape, generator=generator)
+        if not slot.dtype.is_floating_point:
+            example = torch.arange(3).expand(shape)  # positions
+        inputs[slot.past] = Spec(example.to(slot.dtype), slot.axes)
     return inputs

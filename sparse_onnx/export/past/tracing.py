@@ -95,7 +95,7 @@ def _name(graph: ir.Graph, source: PastSource) -> None:
         value.shape = _shape(value.shape, spec.axes)
     axes = [{0: "batch", 1: "sequence"}]
     for slot in source.slots:
-        axes.append({0: "batch"} | ({slot.axis: "total_sequence"} if slot.axis is not None else {}))
+        axes.append({axis: name.replace("past", "total") for axis, name in slot.axes.items()})
     names = ["logits", *(slot.present for slot in source.slots)]
     for value, name, named in zip(graph.outputs, names, axes, strict=True):
         value.name = name
