@@ -100,5 +100,6 @@ FORWARDS: dict[str, Callable[..., Any]] = {
     "DeepseekV4CSACompressor": compressors.sparsely_compressed,
     "DeepseekV4Indexer": compressors.indexed,
     "Glm5NextTextIndexer": sparse_attention.pooled_tokens,
+    "Qwen4ExpTextAttention": sparse_attention.with_new_positions,
     "Qwen4ExpTextQSAIndexer": sparse_attention.chosen_tokens,
 }

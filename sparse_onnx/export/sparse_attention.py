@@ -28,6 +28,27 @@ def _blocks(states: Tensor, size: int) -> Tensor:
     return padded.reshape(batch, -1, size, width)
 
 
+def with_new_positions(
+    self: Any,
+    original: Callable[..., Any],
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor,
+    cache: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Qwen4's attention: the indexer takes the rotary embedding of all tokens, the rest that of the new ones. Taken by
+    index, since a slice is contiguous only where there is no past, and the trace would assert that there is one."""
+    length = hidden_states.shape[1]
+    new = torch.arange(length, device=hidden_states.device) + (position_embeddings[0].shape[1] - length)
+    self.indexer.all_positions = position_embeddings
+    try:
+        embeddings = tuple(each.index_select(1, new) for each in position_embeddings)
+        return original(self, hidden_states, embeddings, attention_mask, cache, **kwargs)
+    finally:
+        del self.indexer.all_positions
+
+
 def chosen_tokens(
     self: Any,
     original: Callable[..., Any],
@@ -42,7 +63,6 @@ def chosen_tokens(
     source: Any = sys.modules[type(self).__module__]
     batch, length, _ = hidden_states.shape
     size, width, heads = self.compress_ratio, self.index_head_dim, self.index_n_heads
-    cos, sin = position_embeddings
     query, keys = self.index_qk_proj(hidden_states).split(
         [heads * width, self.index_kv_heads * width], dim=-1
     )
@@ -50,9 +70,9 @@ def chosen_tokens(
         keys = cache.update_indexer(keys, self.layer_idx)
     total = keys.shape[1]
     query = self.q_layernorm(query.reshape(batch, length, heads, width))
-    new = torch.arange(length, device=keys.device) + (total - length)  # a slice would be a case of its own
-    query_cos, query_sin = (each.index_select(1, new) for each in (cos, sin))
-    query = source.apply_rotary_pos_emb(query, cos=query_cos, sin=query_sin, unsqueeze_dim=2)
+    cos, sin = position_embeddings
+    query = source.apply_rotary_pos_emb(query, cos=cos, sin=sin, unsqueeze_dim=2)
+    cos, sin = self.all_positions
     visible = (attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0)[:, 0]
     complete = visible.sum(-1) // size  # [batch, query]
     real = visible[:, -1]

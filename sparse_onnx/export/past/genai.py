@@ -49,6 +49,8 @@ def _impossible(source: PastSource, out: Path) -> str | None:
     kinds = {slot.kind for slot in source.slots}
     if "indexer_key" in kinds:
         return "onnxruntime-genai has no cache for the keys of an indexer"
+    if any(slot.is_part for slot in source.slots):
+        return "onnxruntime-genai has no cache for compressed keys"
     states = [slot for slot in source.slots if slot.axis is None and not slot.alone]
     if states and (any(slot.alone for slot in source.slots) or not _has_place(states)):
         return "onnxruntime-genai takes one convolution and one recurrent state a layer, alike in all layers"
