@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparse_onnx.bench.coverage import exporters
+from sparse_onnx.bench.coverage import cached, exporters
 from sparse_onnx.bench.coverage.cases import Case, Made
 from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError
 
 if TYPE_CHECKING:
-    from sparse_onnx.export.samples import Interface, Run
+    from sparse_onnx.export.samples import Run
     from sparse_onnx.export.sources import Source
 
 BLOCK, FALLBACK, REFUSED, FAILED, WRONG = "block", "fallback", "refused", "failed", "wrong"
-OUTCOMES = (BLOCK, FALLBACK, REFUSED, FAILED, WRONG)
+#: There is nothing to export: a model without key/value cache, where that is asked for.
+INAPPLICABLE = "inapplicable"
+OUTCOMES = (BLOCK, FALLBACK, REFUSED, FAILED, WRONG, INAPPLICABLE)
 #: Largest error that counts as exact, relative to the largest magnitude of a row. A model whose own answers in
 #: float32 are further than that from its answers in float64 may be as far off, up to a limit.
 EXACT, _ROUNDING, _MOST = 1e-5, 4.0, 1e-4
@@ -61,6 +63,8 @@ def measure(case: Case, exporter: str) -> Cell:
     with tempfile.TemporaryDirectory(prefix="coverage.") as folder:
         started = time.monotonic()
         made = case.make(Path(folder))
+        if made.cached and (reason := cached.inapplicable(exporters.load_plain(made))):
+            return Cell(INAPPLICABLE, reason, seconds=time.monotonic() - started)
         try:
             exported = exporters.EXPORTERS[exporter](made, Path(folder) / "model.onnx")
         except ImpossibleError as error:
@@ -82,7 +86,7 @@ def _judged(made: Made, exported: exporters.Exported) -> Cell:
     except SparseOnnxError as error:
         return dataclasses.replace(cell, outcome=FAILED, reason=f"the file does not load: {error.message}")
     worst = rounding = 0.0
-    for run in untraced(source.interface):
+    for run in untraced(source):
         try:
             distance, reason = _compared(source, session, run)
         except Exception as failure:
@@ -107,10 +111,13 @@ def _about_blocks(exported: exporters.Exported) -> list[str]:
     return list(dict.fromkeys(note.partition(": ")[2] or note for note in notes))
 
 
-def untraced(interface: Interface) -> list[Run]:
+def untraced(source: Source) -> list[Run]:
     """Seven inputs."""
-    from sparse_onnx.export import samples
+    from sparse_onnx.export import past, samples
 
+    if isinstance(source, past.PastSource):
+        return cached.untraced(source)
+    interface = source.interface
     symbols = interface.symbols
     if not symbols:
         plan: list[tuple[tuple[int, ...], Any]] = [((), kind) for kind in ("random",) * 6 + ("one",)]
@@ -145,14 +152,10 @@ def _compared(source: Source, session: Any, run: Run) -> tuple[float, str]:
 def _error(expected: Sequence[np.ndarray], actual: Sequence[np.ndarray], run: Run) -> tuple[float, str]:
     from sparse_onnx.verify.compare import difference
 
-    masks = [value.numpy().astype(np.bool_) for name, value in run.inputs.items() if name in run.masks]
     worst, reason = 0.0, ""
-    for left, right in zip(expected, actual, strict=True):
-        keep = None
-        for mask in masks:
-            if mask.shape == left.shape[:2]:
-                keep = mask if keep is None else keep & mask
-        found = difference(left, right, EXACT, keep)
+    for output, (left, right) in enumerate(zip(expected, actual, strict=True)):
+        keep = run.kept(output, left.shape)
+        found = difference(left, right, EXACT, None if keep.all() else keep)
         if not found.max_rel <= worst:
             worst, reason = found.max_rel, found.reason
     return worst, reason
@@ -184,7 +187,7 @@ def sparse_layers(source: Source) -> int:
         if re.search("(?<!Shared)Experts$|SparseMLP$", type(module).__name__)
     ]
     try:
-        source.forward(untraced(source.interface)[1].inputs)
+        source.forward(untraced(source)[1].inputs)
     finally:
         for handle in handles:
             handle.remove()
