@@ -15,44 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_onnx.core.errors import ImpossibleError
+from sparse_onnx.export.past.slots import HINT, Slot, fill, narrow, slots_of
 
-HINT = "export it without --past"
 #: What rounding does not explain, relative to the largest logit.
 _FORGOTTEN = 1e-1
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """One tensor of the cache, with the batch in axis 0.
-
-    `kind` is ``key`` and ``value`` `[batch, heads, length, width]` and ``indexer_key`` `[batch, length, width]`, which
-    grow with each token, or ``conv_state`` and ``recurrent_state``, which do not; `index` counts the states of one
-    layer. `alone` says that the layer has no other state or key, as LFM2's convolutions.
-    """
-
-    layer: int
-    kind: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    index: int = 0
-    alone: bool = False
-
-    @property
-    def axis(self) -> int | None:
-        """The axis that grows."""
-        return {"key": 2, "value": 2, "indexer_key": 1}.get(self.kind)
-
-    @property
-    def past(self) -> str:
-        return f"past_conv.{self.layer}" if self.alone else f"past_key_values.{self.layer}.{self._suffix}"
-
-    @property
-    def present(self) -> str:
-        return f"present_conv.{self.layer}" if self.alone else f"present.{self.layer}.{self._suffix}"
-
-    @property
-    def _suffix(self) -> str:
-        return f"{self.kind}_{self.index}" if self.index else self.kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +91,7 @@ class Decoder:
         if id(returned) != id(cache):
             kind = type(returned).__name__
             raise ImpossibleError(f"the model keeps a cache of its own, {kind}", HINT)
-        slots = tuple(slot for index, layer in enumerate(cache.layers) for slot in _slots(index, layer))
+        slots = tuple(slot for index, layer in enumerate(cache.layers) for slot in slots_of(index, layer))
         if not any(slot.axis for slot in slots):
             raise ImpossibleError("the cache holds no keys and values, from which a past length shows", HINT)
         return slots
@@ -167,8 +133,8 @@ class Decoder:
         cache = self.empty()
         for layer, named in _by_layer(cache, slots, tensors):
             if _length(slots, tensors):
-                _fill(layer, named)
-                _narrow(layer, _length(slots, tensors))
+                fill(layer, named)
+                narrow(layer, _length(slots, tensors))
             if hasattr(layer, "record_past") and hasattr(layer, "sliding_window"):
                 layer.record_past = True  # or the newest tokens of a long input would be cut, too
         return cache
@@ -189,7 +155,7 @@ class Decoder:
                 states = {"number_of_states": layer.number_of_states} if hasattr(layer, "conv_states") else {}
                 cache.layers[index] = kept[type(layer)](**states)
         for layer, named in _by_layer(cache, slots, tensors):
-            _fill(layer, named)
+            fill(layer, named)
         return cache
 
 
@@ -206,7 +172,7 @@ def presents(
     """
     found = []
     for slot in slots:
-        value = _read(cache.layers[slot.layer], slot)
+        value = slot.read(cache.layers[slot.layer])
         if slot.axis is not None and tokens is not None:
             new = value.narrow(slot.axis, value.shape[slot.axis] - tokens, tokens)
             value = torch.cat([tensors[slot.past], new], dim=slot.axis)
@@ -218,42 +184,6 @@ def presents(
     return found
 
 
-def _slots(index: int, layer: Any) -> Iterator[Slot]:
-    from transformers import cache_utils
-
-    known = (
-        cache_utils.DynamicLayer,
-        cache_utils.DynamicSlidingWindowLayer,
-        cache_utils.DynamicIndexedLayer,
-        cache_utils.LinearAttentionLayer,
-        cache_utils.LinearAttentionAndFullAttentionLayer,
-        cache_utils.LinearAttentionAndSlidingWindowAttentionLayer,
-    )
-    if isinstance(layer, cache_utils.DummyLayer):
-        return
-    if type(layer) not in known:
-        raise ImpossibleError(
-            f"layer {index} keeps a {type(layer).__name__} in the cache, which neither onnxruntime-genai nor "
-            "optimum has inputs for",
-            HINT,
-        )
-    if getattr(layer, "indexer_position_ids", None) is not None:
-        raise ImpossibleError(f"layer {index} keeps positions of its indexer in the cache", HINT)
-    for kind, attribute in (("key", "keys"), ("value", "values"), ("indexer_key", "indexer_keys")):
-        value = getattr(layer, attribute, None)
-        if value is not None:
-            yield Slot(index, kind, tuple(value.shape), value.dtype)
-    states = [
-        (kind, number, value)
-        for kind in ("conv_state", "recurrent_state")
-        for number, value in getattr(layer, f"{kind}s", {}).items()
-        if value is not None
-    ]
-    alone = len(states) == 1 and states[0][0] == "conv_state" and getattr(layer, "keys", None) is None
-    for kind, number, value in states:
-        yield Slot(index, kind, tuple(value.shape), value.dtype, number, alone)
-
-
 def _by_layer(
     cache: Any, slots: Sequence[Slot], tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[Any, list[tuple[Slot, Tensor]]]]:
@@ -263,36 +193,3 @@ def _by_layer(
 
 def _length(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> int:
     return next(tensors[slot.past].shape[slot.axis] for slot in slots if slot.axis is not None)
-
-
-def _fill(layer: Any, named: Sequence[tuple[Slot, Tensor]]) -> None:
-    for slot, value in named:
-        layer.device, layer.dtype = value.device, value.dtype
-        if slot.kind in ("key", "value"):
-            setattr(layer, f"{slot.kind}s", value)
-            layer.is_initialized = True
-        elif slot.kind == "indexer_key":
-            layer.indexer_keys, layer.is_indexer_initialized = value, True
-            layer.indexer_device, layer.indexer_dtype = value.device, value.dtype
-        else:
-            # Layers write their states in place.
-            getattr(layer, f"{slot.kind}s")[slot.index] = value.clone()
-            getattr(layer, f"is_{slot.kind}s_initialized")[slot.index] = True
-            layer.has_previous_state[slot.index] = True
-            if slot.kind == "conv_state":
-                layer.conv_kernel_size[slot.index] = slot.shape[-1]
-
-
-def _narrow(layer: Any, length: int) -> None:
-    """Leaves a sliding window what transformers leaves it after `length` tokens."""
-    window = getattr(layer, "sliding_window", None)
-    if window is not None:
-        layer.keys = layer.keys[:, :, -window + 1 :]
-        layer.values = layer.values[:, :, -window + 1 :]
-        layer.cumulative_length = length
-
-
-def _read(layer: Any, slot: Slot) -> Tensor:
-    if slot.axis is None:
-        return getattr(layer, f"{slot.kind}s")[slot.index]
-    return getattr(layer, {"key": "keys", "value": "values"}.get(slot.kind, "indexer_keys"))

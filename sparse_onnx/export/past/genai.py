@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_onnx.export.past.cache import Slot
+from sparse_onnx.export.past.slots import Slot
 from sparse_onnx.export.past.source import PastSource
 from sparse_onnx.export.past.states import bear_one_buffer
 from sparse_onnx.graph import genai

@@ -14,7 +14,8 @@ from torch import Tensor
 from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError
 from sparse_onnx.export import samples
 from sparse_onnx.export.failure import first_line
-from sparse_onnx.export.past.cache import HINT, Decoder, Slot, presents
+from sparse_onnx.export.past.cache import Decoder, presents
+from sparse_onnx.export.past.slots import HINT, Slot
 from sparse_onnx.export.samples import Interface, Kind, Spec
 from sparse_onnx.export.sources import Source
 
