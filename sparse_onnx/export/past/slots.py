@@ -53,6 +53,11 @@ class Slot:
         return f"present_conv.{self.layer}" if self.alone else f"present.{self.layer}.{self._suffix}"
 
     @property
+    def total(self) -> str:
+        """How the growing axis of `present` is called."""
+        return "total_sequence"
+
+    @property
     def _suffix(self) -> str:
         return f"{self.kind}_{self.index}" if self.index else self.kind
 

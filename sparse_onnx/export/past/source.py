@@ -142,6 +142,15 @@ class PastSource(Source):
             output = decoder(ids, inputs["attention_mask"], inputs.get("position_ids"), cache)
             return output.logits, *presents(cache, self.slots, inputs, ids.shape[1])
 
+    def flat(self, decoder: Decoder, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same for a trace, by names of the outputs, with a cache that keeps every token."""
+        cache = decoder.full(self.slots, inputs)
+        output = decoder(inputs["input_ids"], inputs["attention_mask"], inputs.get("position_ids"), cache)
+        now = presents(cache, self.slots, inputs)
+        return {"logits": output.logits} | {
+            slot.present: value for slot, value in zip(self.slots, now, strict=True)
+        }
+
     def widened(self) -> PastSource:
         assert self.plain is not None
         return with_past(self.plain.widened())
@@ -153,6 +162,10 @@ def with_past(source: Source) -> PastSource:
     Raises:
         ImpossibleError: it has none, or one that has no such inputs.
     """
+    if getattr(getattr(source.module, "config", None), "is_encoder_decoder", False):
+        from sparse_onnx.export.past.cross import with_encoder  # which is a source of this kind
+
+        return with_encoder(source)
     decoder = Decoder.of(source.module)
     try:
         slots = decoder.layout()
