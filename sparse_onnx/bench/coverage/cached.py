@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparse_onnx.export.past import PastSource
+    from sparse_onnx.export.past import CrossSource, PastSource
     from sparse_onnx.export.samples import Kind, Run
     from sparse_onnx.export.sources import Source
 
@@ -18,6 +18,16 @@ _PLAN: tuple[tuple[int, int, int, Kind], ...] = (
     (1, 5, 30, "random"),
     (3, 9, 0, "padded"),
     (2, 6, 11, "padded"),
+)
+#: With the encoder's tokens in front of the kind.
+_CROSSED: tuple[tuple[int, int, int, int, Kind], ...] = (
+    (1, 1, 0, 33, "random"),
+    (1, 1, 12, 8, "random"),
+    (4, 1, 21, 14, "random"),
+    (2, 8, 3, 11, "one"),
+    (1, 5, 30, 17, "random"),
+    (3, 2, 0, 10, "padded"),
+    (2, 6, 11, 9, "padded"),
 )
 _SEED = 2000
 
@@ -41,6 +51,10 @@ def inapplicable(source: Source) -> str:
 
 def untraced(source: PastSource) -> list[Run]:
     """Seven inputs: whole texts, single tokens after a past, and several, in batches and with padding."""
+    from sparse_onnx.export.past import CrossSource
+
+    if isinstance(source, CrossSource):
+        return [_cross_run(source, *sizes, _SEED + seed) for seed, sizes in enumerate(_CROSSED)]
     return [
         _run(source, batch, new, past, kind, _SEED + seed)
         for seed, (batch, new, past, kind) in enumerate(_PLAN)
@@ -68,3 +82,24 @@ def _run(source: PastSource, batch: int, new: int, past: int, kind: Kind, seed: 
     sizes = {"batch": batch, "sequence": new, "past_sequence": past}
     name = interface.described(sizes) + {"one": " alike", "padded": " padded"}.get(kind, "")
     return interface.run(name, {name: given[name] for name in interface.inputs}, sizes)
+
+
+def _cross_run(
+    source: CrossSource, batch: int, new: int, past: int, length: int, kind: Kind, seed: int
+) -> Run:
+    """The same after torch's own encoder, which read a text of this length."""
+    interface, encoder = source.interface, source.encoder
+    assert encoder is not None
+    text = encoder.interface.draw({"batch": batch, "encoder_sequence": length}, kind, seed)
+    sizes = {"batch": batch, "sequence": past + new, "past_sequence": 0, "encoder_sequence": length}
+    inputs = interface.draw(sizes, kind, seed)
+    inputs["encoder_hidden_states"] = encoder.forward(text)[0]
+    inputs["encoder_attention_mask"] = text["attention_mask"]
+    ids = inputs["input_ids"]
+    if past:
+        _, *presents = source.forward(inputs | {"input_ids": ids[:, :past]})
+        inputs |= {slot.past: value for slot, value in zip(source.slots, presents, strict=True)}
+    inputs["input_ids"] = ids[:, past:].contiguous()
+    sizes |= {"sequence": new, "past_sequence": past}
+    name = interface.described(sizes) + {"one": " alike", "padded": " padded"}.get(kind, "")
+    return interface.run(name, inputs, sizes)

@@ -37,18 +37,13 @@ class Decoder:
     def of(model: nn.Module) -> Decoder:
         """
         Raises:
-            ImpossibleError: the model has no cache of its own, or an encoder too.
+            ImpossibleError: the model has no cache of its own.
         """
         config: Any = getattr(model, "config", None)
         generates = getattr(model, "can_generate", None)
         if config is None or generates is None:
             raise ImpossibleError(
                 "--past needs a decoder of transformers: this module has no key/value cache", HINT
-            )
-        if getattr(config, "is_encoder_decoder", False):
-            raise ImpossibleError(
-                "--past takes decoders only, and this model has an encoder, whose keys and values it caches too",
-                HINT,
             )
         parameters = inspect.signature(type(model).forward).parameters
         name = next((each for each in ("cache", "past_key_values") if each in parameters), None)
