@@ -104,8 +104,17 @@ def _sample(made: Made) -> tuple[Source, dict[str, Any], dict[str, Any]]:
 
 def load(made: Made) -> Source:
     """The model in torch, as `sparse_onnx.export` loads it."""
+    from sparse_onnx.export import past
+
+    return past.with_past(load_plain(made)) if made.cached else load_plain(made)
+
+
+def load_plain(made: Made) -> Source:
+    """The same without its key/value cache."""
     from sparse_onnx.export import sources
 
-    if isinstance(made.source, str):
-        return sources.resolve(made.source, **made.arguments)
-    return sources.of_objects(made.source)
+    if not isinstance(made.source, str):
+        return sources.of_objects(made.source)
+    return sources.resolve(
+        made.source, **{name: value for name, value in made.arguments.items() if name != "past"}
+    )

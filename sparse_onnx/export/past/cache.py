@@ -41,18 +41,13 @@ class Decoder:
     def of(model: nn.Module) -> Decoder:
         """
         Raises:
-            ImpossibleError: the model has no cache of its own, or an encoder too.
+            ImpossibleError: the model has no cache of its own.
         """
         config: Any = getattr(model, "config", None)
         generates = getattr(model, "can_generate", None)
         if config is None or generates is None:
             raise ImpossibleError(
                 "--past needs a decoder of transformers: this module has no key/value cache", HINT
-            )
-        if getattr(config, "is_encoder_decoder", False):
-            raise ImpossibleError(
-                "--past takes decoders only, and this model has an encoder, whose keys and values it caches too",
-                HINT,
             )
         parameters = inspect.signature(type(model).forward).parameters
         name = next((each for each in ("cache", "past_key_values") if each in parameters), None)
@@ -152,9 +147,21 @@ class Decoder:
                 cache.layers[index] = kept[type(layer)](**states)
             elif compressed.is_compressing(layer):
                 cache.layers[index] = compressed.whole()
-        for layer, named in _by_layer(cache, slots, tensors):
+        for layer, named in _by_layer(cache, slots, self._begun(slots, tensors)):
             fill(layer, named)
         return cache
+
+    def _begun(self, slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The past, in which all tokens before the first are its end, where a layer keeps the last ones (Qwen4): a
+        state that is zeros at first would say something else."""
+        found = dict(tensors)
+        for slot in slots:
+            if slot.fixed and not slot.dtype.is_floating_point:
+                end = self.text.eos_token_id
+                end = end[0] if isinstance(end, list) else end
+                begun = torch.arange(1) + _length(slots, tensors) > 0
+                found[slot.past] = torch.where(begun, found[slot.past], torch.full((1,), int(end)))
+        return found
 
 
 def presents(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_onnx.export.past.cross import CrossSource
 from sparse_onnx.export.past.slots import Slot
 from sparse_onnx.export.past.source import PastSource
 from sparse_onnx.export.past.states import bear_one_buffer
@@ -46,6 +47,8 @@ def write_config(source: PastSource, out: Path) -> str:
 
 
 def _impossible(source: PastSource, out: Path) -> str | None:
+    if isinstance(source, CrossSource):
+        return "onnxruntime-genai runs no encoder-decoders of text"
     kinds = {slot.kind for slot in source.slots}
     if "indexer_key" in kinds:
         return "onnxruntime-genai has no cache for the keys of an indexer"

@@ -47,16 +47,24 @@ class Slot:
         return _GROWING[self.kind][0] if self.kind in _GROWING else None
 
     @property
+    def growing(self) -> int | None:
+        """The axis that grows at all."""
+        return 1 if self.rate else self.axis
+
+    @property
+    def symbol(self) -> str:
+        """How the growing axis of `past` is called."""
+        return blocks_axis(self.rate) if self.rate else "past_sequence"
+
+    @property
     def axes(self) -> dict[int, str]:
-        """Names of the dynamic axes of the past; those of the present have ``total`` for ``past``."""
-        if self.rate:
-            return {0: "batch", 1: blocks_axis(self.rate)}
-        return {0: "batch"} | ({} if self.axis is None else {self.axis: "past_sequence"})
+        """Names of the dynamic axes of `past`."""
+        return {0: "batch"} | ({} if self.growing is None else {self.growing: self.symbol})
 
     @property
     def fixed(self) -> bool:
         """Whether it does not grow, and so is zeros at first."""
-        return self.axis is None and not self.rate
+        return self.growing is None
 
     @property
     def past(self) -> str:
@@ -65,6 +73,11 @@ class Slot:
     @property
     def present(self) -> str:
         return f"present_conv.{self.layer}" if self.alone else f"present.{self.layer}.{self._suffix}"
+
+    @property
+    def total(self) -> str:
+        """How the growing axis of `present` is called."""
+        return self.symbol.replace("past", "total")
 
     @property
     def _suffix(self) -> str:

@@ -172,6 +172,15 @@ class PastSource(Source):
                 logits.append(output.logits)
             return torch.cat(logits, dim=1), *presents(cache, self.slots, inputs, new)
 
+    def flat(self, decoder: Decoder, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same for a trace, by names of the outputs, with a cache that keeps every token."""
+        cache = decoder.full(self.slots, inputs)
+        output = decoder(inputs["input_ids"], inputs["attention_mask"], inputs.get("position_ids"), cache)
+        now = presents(cache, self.slots, inputs)
+        return {"logits": output.logits} | {
+            slot.present: value for slot, value in zip(self.slots, now, strict=True)
+        }
+
     def widened(self) -> PastSource:
         assert self.plain is not None
         return with_past(self.plain.widened())
@@ -183,6 +192,10 @@ def with_past(source: Source) -> PastSource:
     Raises:
         ImpossibleError: it has none, or one that has no such inputs.
     """
+    if getattr(getattr(source.module, "config", None), "is_encoder_decoder", False):
+        from sparse_onnx.export.past.cross import with_encoder  # which is a source of this kind
+
+        return with_encoder(source)
     decoder = Decoder.of(source.module)
     try:
         slots = decoder.layout()
@@ -234,8 +247,9 @@ def _inputs(decoder: Decoder, slots: tuple[Slot, ...]) -> dict[str, Spec]:
         shape = [
             sizes[slot.axes[axis]] if axis in slot.axes else size for axis, size in enumerate(slot.shape)
         ]
-        example = torch.randn(shape, generator=generator)
-        if not slot.dtype.is_floating_point:
-            example = torch.arange(3).expand(shape)  # positions
+        if slot.dtype.is_floating_point:
+            example = torch.randn(shape, generator=generator)
+        else:  # token ids, or their positions
+            example = torch.randint(last + 1 if slot.fixed else 3, shape, generator=generator)
         inputs[slot.past] = Spec(example.to(slot.dtype), slot.axes)
     return inputs
