@@ -281,30 +281,6 @@ def test_modules_without_a_cache_are_refused(tmp_path: Path) -> None:
     _refused(tmp_path / "bert", tmp_path, "BertForMaskedLM has no key/value cache", random_weights=True)
 
 
-def test_a_model_that_forgets_its_state_is_refused(tmp_path: Path) -> None:
-    """transformers' Jamba continues with several tokens as if there were no state before them."""
-    config = transformers.JambaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=4,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        expert_layer_period=2,
-        expert_layer_offset=1,
-        mamba_d_state=6,
-        mamba_dt_rank=5,
-        architectures=["JambaForCausalLM"],
-    )
-    config.save_pretrained(tmp_path / "jamba")
-    _refused(
-        tmp_path / "jamba", tmp_path, "forgets its state where several tokens follow", random_weights=True
-    )
-
-
 def test_convolutions_have_the_names_of_genai(tmp_path: Path) -> None:
     """LFM2: a layer that is a convolution and nothing else."""
     source = _with_past("lfm2_moe", tmp_path / "lfm2")

@@ -55,6 +55,13 @@ class Decoder:
             raise ImpossibleError(
                 f"--past needs a decoder that generates: {type(model).__name__} has no key/value cache", HINT
             )
+        from transformers import GenerationMixin
+
+        if not isinstance(model, GenerationMixin):
+            raise ImpossibleError(
+                f"--past needs a decoder that generates token by token: {type(model).__name__} does otherwise",
+                HINT,
+            )
         empty, gives = own_caches.maker(type(model), config.get_text_config(decoder=True))
         return Decoder(config, model.forward, name, "position_ids" in parameters, empty, gives)
 
