@@ -55,6 +55,10 @@ def run(
     Raises:
         ImpossibleError, VerificationError: as `sparse_onnx.export` says; nothing is at `out` then.
     """
+    if isinstance(source, past.CrossSource) and source.encoder_path is None:
+        from sparse_onnx.export.past import pair  # which uses the steps below
+
+        return pair.run(source, out, folder, opset=opset, say=say, given=given)
     if is_stored(source.module):
         from sparse_onnx.export.checkpoint import streamed  # which uses the steps below
 
@@ -64,10 +68,6 @@ def run(
                 "leave out --stream, or --adapter",
             )
         return streamed.run(source, out, folder, opset=opset, link=link, say=say)
-    if isinstance(source, past.CrossSource) and source.encoder_path is None:
-        from sparse_onnx.export.past import pair  # which uses the steps below
-
-        return pair.run(source, out, folder, opset=opset, say=say, given=given)
     say("finding experts")
     # Tried without a cache, which a second call would find filled.
     plain = source.plain if isinstance(source, past.PastSource) and source.plain else source

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from sparse_onnx.export import samples
-from sparse_onnx.export.past.cross import HIDDEN, IDS, MASK, CrossSource
+from sparse_onnx.export.past.cross import CrossSource
+from sparse_onnx.export.past.cross_cache import HIDDEN, IDS, MASK
 from sparse_onnx.targets import session as sessions
 
 

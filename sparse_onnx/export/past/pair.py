@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_onnx.core.errors import UsageError
 from sparse_onnx.core.report import Report, VerifyRecord
+from sparse_onnx.export.checkpoint.stored import is_stored
 from sparse_onnx.export.past.cross import ENCODER, CrossSource
 from sparse_onnx.graph import io
 
@@ -29,10 +30,16 @@ def run(
     the encoder's blocks and comparisons in it.
 
     Raises:
-        UsageError: `out` has the encoder's name, or another model's encoder is beside it.
+        UsageError: `out` has the encoder's name, another model's encoder is beside it, or the weights are to stay in
+            their files.
     """
     from sparse_onnx.export import pipeline  # which calls this
 
+    if is_stored(source.module):
+        raise UsageError(
+            "the weights of an encoder-decoder with cache cannot stay in their files",
+            "leave out --stream and --weights link",
+        )
     beside = out.with_name(ENCODER)
     if out.name == ENCODER:
         raise UsageError("OUT is the decoder's file; the encoder is written beside it", "name it otherwise")
