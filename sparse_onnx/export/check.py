@@ -235,6 +235,7 @@ def _worst(
         keep = run.kept(output, left.shape)
         if sequences is not None and len(sequences) == len(left):
             keep = keep & sequences.reshape(-1, *[1] * (keep.ndim - 1))
+        left, right = run.rows(output, left), run.rows(output, right)
         total = total.worse(difference(left, right, tolerance, None if keep.all() else keep))
     return total
 

@@ -189,6 +189,7 @@ def _error(outputs: Sequence[Any], actual: Sequence[np.ndarray], run: Run) -> tu
         expected, actual = expected[:1], actual[:1]
     for output, (left, right) in enumerate(zip(expected, actual, strict=True)):
         keep = run.kept(output, left.shape)
+        left, right = run.rows(output, left), run.rows(output, right)
         found = difference(left, right, EXACT, None if keep.all() else keep)
         if not found.max_rel <= worst:
             worst, reason = found.max_rel, found.reason

@@ -52,6 +52,8 @@ class PastInterface(Interface):
     longest: int | None = None
     rates: tuple[int, ...] = ()
     """Tokens of the blocks of which a layer keeps one entry each."""
+    states: frozenset[int] = frozenset()
+    """Outputs that are recurrent states `[batch, ..., width, width]`."""
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -115,16 +117,19 @@ class PastInterface(Interface):
         )
 
     def run(self, name: str, inputs: dict[str, Tensor], sizes: Mapping[str, int]) -> samples.Run:
-        return PastRun(name, inputs, sizes, self.masks)
+        return PastRun(name, inputs, sizes, self.masks, states=self.states)
 
     def _bytes(self, batch: int, past: int) -> int:
         sizes = self.complete({"batch": batch, "sequence": 1, "past_sequence": past})
         return sum(math.prod(spec.shape(sizes)) for spec in self.inputs.values()) * 4
 
 
+@dataclasses.dataclass(frozen=True)
 class PastRun(samples.Run):
     """Padding is left out of the logits `[batch, sequence, vocabulary]` and of the keys and values `[batch, heads,
     total, width]`."""
+
+    states: frozenset[int] = frozenset()
 
     def kept(self, output: int, shape: tuple[int, ...]) -> np.ndarray:
         mask = self.inputs["attention_mask"].numpy().astype(np.bool_)
@@ -133,6 +138,11 @@ class PastRun(samples.Run):
         if len(shape) == 4 and shape[2] == mask.shape[1]:
             return np.broadcast_to(mask[:, None], shape[:3])
         return np.ones(shape[:1], np.bool_)
+
+    def rows(self, output: int, value: np.ndarray) -> np.ndarray:
+        """A state is one matrix a head, whose rows are summed over where it is read; those that have decayed to next to
+        nothing are differences of logarithms, and have next to no digits of their own."""
+        return value.reshape(*value.shape[:-2], -1) if output in self.states else value
 
 
 def python_name(name: str) -> str:
@@ -215,7 +225,8 @@ def with_past(source: Source) -> PastSource:
     text = decoder.text
     longest = getattr(text, "max_position_embeddings", None)
     rates = tuple(sorted({slot.rate for slot in slots} - {0}))
-    interface = PastInterface(_inputs(decoder, slots), tuple(decoder.thresholds()), longest, rates)
+    states = frozenset(at for at, slot in enumerate(slots, start=1) if slot.kind == "recurrent_state")
+    interface = PastInterface(_inputs(decoder, slots), tuple(decoder.thresholds()), longest, rates, states)
     notes = tuple(
         f"no input longer than {length} tokens was compared, from which on the model goes on otherwise: too large"
         for length in interface.thresholds
