@@ -19,6 +19,7 @@ from sparse_onnx.bench.coverage import registry, tiny  # noqa: E402
 from sparse_onnx.core.errors import ImpossibleError  # noqa: E402
 from sparse_onnx.export import past, patches, sources  # noqa: E402
 from sparse_onnx.export.past import compressed, own_caches  # noqa: E402
+from sparse_onnx.verify.compare import difference  # noqa: E402
 
 #: Architecture -> what its layers keep beside keys and values.
 KEPT = {
@@ -193,3 +194,17 @@ def test_it_generates_what_torch_generates(name: str, tmp_path: Path) -> None:
     assert by_onnxruntime(path, prompts, 32) == by_torch(module, prompts, 32)
     names = {value.name for value in onnxruntime.InferenceSession(str(path)).get_inputs()}
     assert {slot.past for slot in source.slots} < names
+
+
+def test_a_wrong_head_of_a_state_is_seen(tmp_path: Path) -> None:
+    """States are compared a head at a time: one that is off shows beside another a thousand times as large."""
+    source = with_past("minimax", tmp_path)
+    at = next(i for i, slot in enumerate(source.slots, start=1) if slot.kind == "recurrent_state")
+    sizes = {"batch": 2, "sequence": 3, "past_sequence": 4}
+    run = source.interface.run("any", source.interface.draw(sizes), sizes)
+    state = np.ones((2, 3, 4, 5), np.float32)
+    state[:, 0] *= 1000
+    assert run.rows(at, state).shape == (2, 3, 20) and run.rows(0, state) is state
+    wrong = state.copy()
+    wrong[0, 1, 2, 3] += 0.01
+    assert not difference(run.rows(at, state), run.rows(at, wrong), 1e-4).within

@@ -53,7 +53,7 @@ class PastInterface(Interface):
     rates: tuple[int, ...] = ()
     """Tokens of the blocks of which a layer keeps one entry each."""
     states: frozenset[int] = frozenset()
-    """Outputs that are recurrent states `[batch, ..., width, width]`."""
+    """Outputs that are recurrent states `[batch, heads, width, width]`."""
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -225,7 +225,11 @@ def with_past(source: Source) -> PastSource:
     text = decoder.text
     longest = getattr(text, "max_position_embeddings", None)
     rates = tuple(sorted({slot.rate for slot in slots} - {0}))
-    states = frozenset(at for at, slot in enumerate(slots, start=1) if slot.kind == "recurrent_state")
+    states = frozenset(
+        at
+        for at, slot in enumerate(slots, start=1)
+        if slot.kind == "recurrent_state" and len(slot.shape) == 4
+    )
     interface = PastInterface(_inputs(decoder, slots), tuple(decoder.thresholds()), longest, rates, states)
     notes = tuple(
         f"no input longer than {length} tokens was compared, from which on the model goes on otherwise: too large"
