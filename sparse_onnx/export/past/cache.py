@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_onnx.core.errors import ImpossibleError
-from sparse_onnx.export.past import compressed, own_caches
+from sparse_onnx.export.past import compressed, own_caches, reference
 from sparse_onnx.export.past.slots import HINT, Slot, fill, narrow, slots_of
 
 #: What rounding does not explain, relative to the largest logit.
@@ -93,6 +93,8 @@ class Decoder:
             kind = type(returned).__name__
             raise ImpossibleError(f"the model keeps a cache of its own, {kind}", HINT)
         slots = tuple(slot for index, layer in enumerate(cache.layers) for slot in slots_of(index, layer))
+        lengths = [slot for slot in slots if slot.kind == reference.KIND]
+        slots = tuple(slot for slot in slots if slot not in lengths[1:])  # one for all layers
         if not any(slot.axis for slot in slots):
             raise ImpossibleError("the cache holds no keys and values, from which a past length shows", HINT)
         return slots
@@ -127,8 +129,11 @@ class Decoder:
         """A cache of transformers' own layers with this past: what they would hold after these tokens. None of
         the past means a fresh cache."""
         cache = self.empty()
+        prompt = next((tensors[slot.past] for slot in slots if slot.kind == reference.KIND), None)
         for layer, named in _by_layer(cache, slots, tensors):
-            if _length(slots, tensors):
+            if prompt is not None and reference.is_referencing(layer):
+                reference.fill(layer, named[0][1], named[1][1], int(prompt[0]))
+            elif _length(slots, tensors):
                 fill(layer, named)
                 narrow(layer, _length(slots, tensors))
             if compressed.is_compressing(layer):
@@ -154,6 +159,8 @@ class Decoder:
                 cache.layers[index] = kept[type(layer)](**states)
             elif compressed.is_compressing(layer):
                 cache.layers[index] = compressed.whole()
+            elif reference.is_referencing(layer):
+                cache.layers[index] = reference.whole()
         for layer, named in _by_layer(cache, slots, self._begun(slots, tensors)):
             fill(layer, named)
         return cache
@@ -163,7 +170,7 @@ class Decoder:
         state that is zeros at first would say something else."""
         found = dict(tensors)
         for slot in slots:
-            if slot.fixed and not slot.dtype.is_floating_point:
+            if slot.kind == "conv_state" and not slot.dtype.is_floating_point:
                 end = self.text.eos_token_id
                 end = end[0] if isinstance(end, list) else end
                 begun = torch.arange(1) + _length(slots, tensors) > 0

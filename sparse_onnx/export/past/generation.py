@@ -14,7 +14,7 @@ import torch
 from sparse_onnx.core.report import VerifyRecord
 from sparse_onnx.export import check, samples, ties
 from sparse_onnx.export.experts import Experts
-from sparse_onnx.export.past import cross_generation
+from sparse_onnx.export.past import cross_generation, reference
 from sparse_onnx.export.past.cross import CrossSource
 from sparse_onnx.export.past.source import PastSource
 from sparse_onnx.export.users import users_code
@@ -213,6 +213,9 @@ def _by_onnxruntime(
     names = [output.name for output in session.get_outputs()]
     feeds = {spec: value.numpy() for spec, value in source.interface.draw(_nothing(len(ids))).items()}
     past = {slot.past: feeds[slot.past] for slot in source.slots}
+    for slot in source.slots:
+        if slot.kind == reference.KIND:  # or it would be that of the first piece
+            past[slot.past][:] = ids.shape[1]
     first = [ids[:, :_FIRST], ids[:, _FIRST:]] if cut else [ids]
     pieces = [*first, *(tokens[:, [step]] for step in range(tokens.shape[1] - 1))]
     seen = 0

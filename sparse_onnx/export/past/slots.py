@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_onnx.core.errors import ImpossibleError
-from sparse_onnx.export.past import compressed
+from sparse_onnx.export.past import compressed, reference
 
 HINT = "export it without --past"
 #: Kinds of slots that grow with each token -> the axis, and where a layer of transformers keeps them.
@@ -30,7 +30,8 @@ class Slot:
     `kind` is ``key`` and ``value`` `[batch, heads, length, width]``, ``indexer_key`` `[batch, length, width]` and
     ``indexer_position`` `[batch, length]`, which grow with each token, or ``conv_state`` and ``recurrent_state``, which
     do not; `index` counts the states of one layer. Of `compressed.parts` that which grows has a `rate`, the tokens of a
-    block. `alone` says that the layer has no other state or key, as LFM2's convolutions.
+    block; ``reference_length`` `[batch]` is that of the prompt. `alone` says that the layer has no other state or key,
+    as LFM2's convolutions.
     """
 
     layer: int
@@ -92,6 +93,10 @@ class Slot:
         """From a layer of a cache; `before` is the past's."""
         if self.is_part:
             return compressed.read(layer, self.kind, before)
+        if reference.is_referencing(layer):
+            return reference.read(layer, self.kind)
+        if self.kind == reference.KIND:
+            return layer.reference_length
         if self.kind == "indexer_position":
             return layer.indexer_position_ids[0]
         if self.axis is not None:
@@ -126,6 +131,11 @@ def slots_of(index: int, layer: Any) -> Iterator[Slot]:
         for kind, shape, dtype in compressed.parts(layer):
             rate = layer.compress_rate if kind.endswith("_compressed") else 0
             yield Slot(index, kind, shape, dtype, rate=rate)
+        return
+    if reference.is_referencing(layer):
+        for kind, value in (("key", layer.prefill_keys), ("value", layer.prefill_values)):
+            yield Slot(index, kind, tuple(value.shape), value.dtype)
+        yield Slot(index, reference.KIND, (1,), torch.int64)
         return
     if type(layer) not in known:
         raise ImpossibleError(
@@ -164,6 +174,8 @@ def fill(layer: Any, named: Sequence[tuple[Slot, Tensor]]) -> None:
         elif slot.kind == "indexer_key":
             layer.indexer_keys, layer.is_indexer_initialized = value, True
             layer.indexer_device, layer.indexer_dtype = value.device, value.dtype
+        elif slot.kind == reference.KIND:
+            layer.reference_length = value
         elif slot.kind == "indexer_position":
             # Time, height and width, which are one in a text.
             layer.indexer_position_ids = value.expand(3, *value.shape)

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError
 from sparse_onnx.export import patches, samples
 from sparse_onnx.export.failure import first_line
+from sparse_onnx.export.past import reference
 from sparse_onnx.export.past.cache import Decoder, presents
 from sparse_onnx.export.past.slots import HINT, Slot, blocks_axis
 from sparse_onnx.export.samples import Interface, Kind, Spec
@@ -84,6 +85,11 @@ class PastInterface(Interface):
         if "position_ids" in drawn:
             positions = (drawn["attention_mask"].cumsum(1) - 1).clamp(min=0)
             drawn["position_ids"] = positions[:, -new:].contiguous()
+        for name in self.inputs:
+            if name.endswith(reference.KIND):  # one number for all sequences
+                drawn[name] = (drawn[name][:1] if past else torch.zeros(1, dtype=torch.int64)).repeat(
+                    sizes["batch"]
+                )
         if not past:
             for name, spec in self.inputs.items():
                 if spec.dtype.is_floating_point and len(spec.axes) == 1:
@@ -266,5 +272,7 @@ def _inputs(decoder: Decoder, slots: tuple[Slot, ...]) -> dict[str, Spec]:
             example = torch.randn(shape, generator=generator)
         else:  # token ids, or their positions
             example = torch.randint(last + 1 if slot.fixed else 3, shape, generator=generator)
+        if slot.kind == reference.KIND:
+            example = torch.tensor([1, 3])
         inputs[slot.past] = Spec(example.to(slot.dtype), slot.axes)
     return inputs
