@@ -44,6 +44,17 @@ _STEPWISE = (
 _MAX_BYTES = 1 << 30
 
 
+class _PromptLength(Spec):
+    """`reference_length`: one number, the same for all sequences, and no more than the past that it is given with."""
+
+    @property
+    def constant(self) -> bool:
+        return False
+
+    def draw(self, sizes: Mapping[str, int], kind: Kind, generator: torch.Generator) -> Tensor:
+        return torch.randint(1, 4, (1,), generator=generator).repeat(sizes["batch"])
+
+
 @dataclasses.dataclass(frozen=True)
 class PastInterface(Interface):
     """Inputs by their ONNX names. The attention mask is `past_sequence + sequence` long; positions follow from it."""
@@ -85,14 +96,9 @@ class PastInterface(Interface):
         if "position_ids" in drawn:
             positions = (drawn["attention_mask"].cumsum(1) - 1).clamp(min=0)
             drawn["position_ids"] = positions[:, -new:].contiguous()
-        for name in self.inputs:
-            if name.endswith(reference.KIND):  # one number for all sequences
-                drawn[name] = (drawn[name][:1] if past else torch.zeros(1, dtype=torch.int64)).repeat(
-                    sizes["batch"]
-                )
         if not past:
             for name, spec in self.inputs.items():
-                if spec.dtype.is_floating_point and len(spec.axes) == 1:
+                if isinstance(spec, _PromptLength) or (spec.dtype.is_floating_point and len(spec.axes) == 1):
                     drawn[name] = torch.zeros_like(drawn[name])
         return drawn
 
@@ -272,7 +278,7 @@ def _inputs(decoder: Decoder, slots: tuple[Slot, ...]) -> dict[str, Spec]:
             example = torch.randn(shape, generator=generator)
         else:  # token ids, or their positions
             example = torch.randint(last + 1 if slot.fixed else 3, shape, generator=generator)
-        if slot.kind == reference.KIND:
-            example = torch.tensor([1, 3])
         inputs[slot.past] = Spec(example.to(slot.dtype), slot.axes)
+        if slot.kind == reference.KIND:
+            inputs[slot.past] = _PromptLength(torch.tensor([3, 3]), slot.axes)
     return inputs
