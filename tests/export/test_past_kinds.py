@@ -46,10 +46,14 @@ def with_past(name: str, folder: Path) -> past.PastSource:
     return past.with_past(sources.resolve(str(written), random_weights=True))
 
 
-def stepped(source: past.PastSource, ids: torch.Tensor, mask: torch.Tensor, ends: list[int]) -> torch.Tensor:
-    """Logits of a text that goes through the exported function, in torch, in these pieces."""
+def stepped(
+    source: past.PastSource, ids: torch.Tensor, mask: torch.Tensor, ends: list[int], **first: torch.Tensor
+) -> torch.Tensor:
+    """Logits of a text that goes through the exported function, in torch, in these pieces; `first` are inputs that do
+    not begin as zeros."""
     fed = source.interface.draw({"batch": len(ids), "sequence": 1, "past_sequence": 0})
     fed, start, logits = {slot.past: fed[slot.past] for slot in source.slots}, 0, []
+    fed |= first
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     decoder = source.decoder
     for end in ends:
@@ -77,11 +81,17 @@ def test_pieces_of_a_text_say_what_all_of_it_says(name: str, tmp_path: Path) -> 
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("name", [*KEPT, "deepseek_v4", "glm5_next"])
+@pytest.mark.parametrize("name", [*KEPT, "deepseek_v4", "glm5_next", "unlimited_ocr"])
 def test_the_exported_function_is_the_models(name: str, tmp_path: Path) -> None:
     """After pasts of any content, padded or not; logits and all that is kept."""
     source = with_past(name, tmp_path)
-    plan = ((2, 5, 0, "random"), (2, 1, 9, "random"), (2, 7, 13, "padded"), (1, 11, 3, "random"))
+    plan = (
+        (2, 5, 0, "random"),
+        (2, 1, 9, "random"),
+        (2, 7, 13, "padded"),
+        (1, 11, 3, "random"),
+        (2, 1, 25, "padded"),
+    )
     for batch, new, before, kind in plan:
         sizes = {"batch": batch, "sequence": new, "past_sequence": before}
         run = source.interface.run(kind, source.interface.draw(sizes, kind, 3), sizes)
@@ -167,6 +177,32 @@ def test_minimax_whose_first_layer_is_linear(tmp_path: Path) -> None:
     torch.testing.assert_close(actual[mask == 1], expected.logits[mask == 1], rtol=0, atol=1e-4)
     empty = source.decoder.empty()
     assert own_caches.maker(type(source.module), config)[1] and empty.get_seq_length() == 0
+
+
+def test_a_window_that_spares_the_prompt(tmp_path: Path) -> None:
+    """UnlimitedOCR: the prompt is what comes first, or as long as is said where it comes in pieces."""
+    source = with_past("unlimited_ocr", tmp_path)
+    name = "past_key_values.0.reference_length"
+    assert [slot.past for slot in source.slots if slot.fixed] == [name]
+    module = source.module
+    prompt = torch.randint(3, 150, (2, 7), generator=torch.Generator().manual_seed(5))
+    module.generation_config = transformers.GenerationConfig(do_sample=False, max_new_tokens=24)
+    with torch.no_grad():
+        generated = module.generate(
+            prompt, attention_mask=torch.ones_like(prompt), output_logits=True, return_dict_in_generate=True
+        )
+    assert generated.sequences.shape[1] - 7 > source.decoder.text.sliding_window
+    text, mask = generated.sequences[:, :-1], torch.ones_like(generated.sequences[:, :-1])
+    expected = torch.stack(generated.logits, dim=1)
+    rest = list(range(8, text.shape[1] + 1))
+    for actual in (
+        stepped(source, text, mask, [7, *rest]),
+        stepped(source, text, mask, [2, 7, *rest], **{name: torch.tensor([7, 7])}),
+        stepped(source, text, mask, [7, 12, text.shape[1]]),
+    ):
+        torch.testing.assert_close(actual[:, 6:], expected, rtol=0, atol=1e-4)
+    forgotten = stepped(source, text, mask, [2, 7, *rest])
+    assert float((forgotten[:, -1] - expected[:, -1]).abs().max()) > 1e-3
 
 
 def test_the_newest_keys_of_a_window_are_kept_for_comparison(tmp_path: Path) -> None:
