@@ -196,15 +196,15 @@ def _error(outputs: Sequence[Any], actual: Sequence[np.ndarray], run: Run) -> tu
 
 
 def _own_rounding(source: Source, run: Run) -> tuple[float, float]:
-    """How far torch's answer in float32 is from its answer in float64, 0 where it does not run in that; and how far it
-    moves at most with rounding, be it of its weights."""
+    """How far torch's answer in float32 is from its answer in float64; and how far it moves at most with rounding, be
+    it of its weights, which is both where it does not run in float64."""
     from sparse_onnx.export import rounding
     from sparse_onnx.export.sources import leaves
 
     own = [np.asarray(value) for value in leaves(source.forward(run.inputs))]
     double = rounding.in_double(source, run)
     moved = max((_error(others, own, run)[0] for others in rounding.answers(source, run)), default=0.0)
-    return 0.0 if double is None else _error(double, own, run)[0], moved
+    return moved if double is None else _error(double, own, run)[0], moved
 
 
 def sparse_layers(source: Source) -> int:
