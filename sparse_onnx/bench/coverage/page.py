@@ -32,7 +32,9 @@ _CACHED = """
 ## With key/value cache
 
 The same models by `export --past`. Seven inputs here too: texts without a past, one token after a past, and several,
-in batches and padded; torch itself made the pasts. Compared are the logits and every tensor of the new cache.
+in batches and padded; torch itself made the pasts. Compared are the logits and every tensor of the new cache. The
+other exporters take transformers' cache object among their sample inputs. Their file is a step after a past, and the
+first one another file, so that it runs on the five inputs with a past, and its logits are compared.
 
 """
 
