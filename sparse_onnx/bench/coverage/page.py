@@ -18,7 +18,10 @@ Each {rows} is tiny and has random weights under which routing matters. Each exp
 declares the same axes dynamic, without a key/value cache; its file runs in ONNX Runtime on seven inputs of sizes
 that were not traced (one token, other batches, longer, all ids alike, padded), and is compared with torch. Exact
 means: within 1e-5 of the largest magnitude of a row, in float32, or within four times the distance of torch's own
-float32 from its float64 where that is more (and within 1e-4).
+float32 from its float64 where that is more (and within 1e-4); a model that does not run in float64 is measured by its
+answers with weights moved by half a unit in the last place. Equal scores, of which torch takes any, are no error where
+the file takes the first, as ONNX prescribes. An input at which such rounding alone moves torch's answer by more than
+1e-4 gives way to another of its sizes.
 
 {legend}
 
@@ -29,7 +32,9 @@ _CACHED = """
 ## With key/value cache
 
 The same models by `export --past`. Seven inputs here too: texts without a past, one token after a past, and several,
-in batches and padded; torch itself made the pasts. Compared are the logits and every tensor of the new cache.
+in batches and padded; torch itself made the pasts. Compared are the logits and every tensor of the new cache. The
+other exporters take transformers' cache object among their sample inputs. Their file is a step after a past, and the
+first one another file, so that it runs on the five inputs with a past, and its logits are compared.
 
 """
 

@@ -123,8 +123,9 @@ class CrossSource(PastSource):
         }
 
     def widened(self) -> CrossSource:
+        """Without the encoder's file, which is in half precision."""
         assert self.plain is not None
-        return dataclasses.replace(with_encoder(self.plain.widened()), encoder_path=self.encoder_path)
+        return with_encoder(self.plain.widened())
 
 
 def with_encoder(source: Source) -> CrossSource:

@@ -25,13 +25,16 @@ def start_token(module: Any) -> int:
 def by_onnxruntime(
     session: Any, source: CrossSource, ids: np.ndarray, mask: np.ndarray, tokens: np.ndarray
 ) -> Iterator[np.ndarray]:
-    """Logits `[batch, vocabulary]` of each step by the decoder's session, after the encoder's file; the next step is
-    fed with `tokens`."""
-    assert source.encoder_path is not None
-    encoder = sessions.create_session(source.encoder_path, name=source.encoder_path.name)
-    (hidden,) = sessions.run(encoder, {IDS: ids, "attention_mask": mask}, "generation")
+    """Logits `[batch, vocabulary]` of each step by the decoder's session, after the encoder's file, or torch's encoder
+    where there is no file of this precision; the next step is fed with `tokens`."""
+    if source.encoder_path is None:
+        hidden = _by_torch(source, ids, mask)
+    else:
+        encoder = sessions.create_session(source.encoder_path, name=source.encoder_path.name)
+        (states,) = sessions.run(encoder, {IDS: ids, "attention_mask": mask}, "generation")
+        hidden = torch.from_numpy(states)
     names = [output.name for output in session.get_outputs()]
-    given = _decoder_inputs(source, ids, mask, tokens, torch.from_numpy(hidden))
+    given = _decoder_inputs(source, ids, mask, tokens, hidden)
     fixed = {name: given[name].numpy() for name in (HIDDEN, MASK)}
     past = {slot.past: given[slot.past].numpy() for slot in source.slots}
     begun = given[IDS].numpy()
@@ -44,11 +47,16 @@ def by_onnxruntime(
 
 def whole_text(source: CrossSource, ids: np.ndarray, mask: np.ndarray, tokens: np.ndarray) -> samples.Run:
     """All tokens at once, from torch's own encoder."""
+    given = _decoder_inputs(source, ids, mask, tokens, _by_torch(source, ids, mask))
+    return source.interface.run("the generated text", given, _sizes(ids, tokens))
+
+
+def _by_torch(source: CrossSource, ids: np.ndarray, mask: np.ndarray) -> torch.Tensor:
+    """What the encoder gives."""
     assert source.encoder is not None
     inputs = {IDS: torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-    hidden = source.encoder.forward(inputs)[0]
-    given = _decoder_inputs(source, ids, mask, tokens, hidden)
-    return source.interface.run("the generated text", given, _sizes(ids, tokens))
+    hidden: torch.Tensor = source.encoder.forward(inputs)[0]
+    return hidden
 
 
 def _decoder_inputs(
