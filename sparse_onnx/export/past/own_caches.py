@@ -37,7 +37,9 @@ def _with_layers(own: type) -> Callable[[Any], Any]:
         def __init__(self, config: Any) -> None:
             super().__init__()
             kinds = {"linear_attention": cache_utils.LinearAttentionLayer}
-            self.layers = [kinds.get(kind, cache_utils.DynamicLayer)() for kind in config.layer_types]
+            self.layers: list[Any] = [
+                kinds.get(kind, cache_utils.DynamicLayer)() for kind in config.layer_types
+            ]
             self.layer_class_to_replicate = None
 
         def get_linear_cache(self, layer_idx: int) -> Tensor | None:
