@@ -84,14 +84,14 @@ def _drawn(made: Made) -> tuple[PastSource, Mapping[str, Any]]:
 
 def _sample(source: PastSource, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the model's forward, with a cache that keeps every token, as both exporters trace it."""
-    from transformers.modeling_outputs import BaseModelOutput
+    from transformers.modeling_outputs import MoEModelOutput
 
     from sparse_onnx.export.past import CrossSource
 
     decoder: Any = source.decoder
     if isinstance(source, CrossSource):
         return {
-            "encoder_outputs": BaseModelOutput(last_hidden_state=inputs["encoder_hidden_states"]),
+            "encoder_outputs": MoEModelOutput(last_hidden_state=inputs["encoder_hidden_states"]),
             "attention_mask": inputs["encoder_attention_mask"],
             "decoder_input_ids": inputs["input_ids"],
             decoder.cache: decoder.own(source.slots, inputs),
