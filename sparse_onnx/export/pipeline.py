@@ -56,6 +56,10 @@ def run(
     Raises:
         ImpossibleError, VerificationError: as `sparse_onnx.export` says; nothing is at `out` then.
     """
+    if isinstance(source, past.CrossSource) and source.encoder_path is None:
+        from sparse_onnx.export.past import pair  # which uses the steps below
+
+        return pair.run(source, out, folder, opset=opset, say=say, given=given)
     if is_stored(source.module):
         from sparse_onnx.export.checkpoint import streamed  # which uses the steps below
 

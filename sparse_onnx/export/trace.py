@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export import (
+    cached_rows,
     experts,
     guards,
     lifting,
@@ -138,9 +139,8 @@ def _trace_transformers(
         symbols = _symbols(program, source.interface)
         input_names, output_names = utils.disambiguate_io_names(input_names, output_names)
         utils.apply_fx_node_fixes("onnx", program.graph_module)
-        model = translate.to_onnx(
-            program, opset=opset, input_names=input_names, table=exporter_onnx._ONNX_TRANSLATION_TABLE
-        )
+        table = {**exporter_onnx._ONNX_TRANSLATION_TABLE, **cached_rows.TABLE}
+        model = translate.to_onnx(program, opset=opset, input_names=input_names, table=table)
     exporter_onnx._name_graph_outputs(model.graph, output_names)
     bodies: list[Any] = [model.graph, *model.functions.values()]
     for fix in exporter_onnx._IR_FIXES:
