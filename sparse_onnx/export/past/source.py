@@ -142,7 +142,7 @@ class PastSource(Source):
             output = decoder(ids, inputs["attention_mask"], inputs.get("position_ids"), cache)
             return output.logits, *presents(cache, self.slots, inputs, ids.shape[1])
 
-    def flat(self, decoder: Decoder, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def flat(self, decoder: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same for a trace, by names of the outputs, with a cache that keeps every token."""
         cache = decoder.full(self.slots, inputs)
         output = decoder(inputs["input_ids"], inputs["attention_mask"], inputs.get("position_ids"), cache)
