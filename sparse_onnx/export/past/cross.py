@@ -111,7 +111,7 @@ class CrossSource(PastSource):
             output = decoder(inputs, cache)
             return output.logits, *presents(cache, self.slots)
 
-    def flat(self, decoder: CrossDecoder, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def flat(self, decoder: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same for a trace, by names of the outputs."""
         cached = next(inputs[slot.past] for slot in self.slots if slot.side == "encoder")
         cache = decoder.growing(self.slots, inputs)

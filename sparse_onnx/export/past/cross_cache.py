@@ -94,7 +94,7 @@ class CrossDecoder:
         mask = torch.ones(hidden.shape[:2], dtype=torch.int64)
         with torch.no_grad():
             output = self({IDS: ids, HIDDEN: hidden, MASK: mask}, cache)
-        if getattr(output, self.cache, None) is not cache:
+        if id(getattr(output, self.cache, None)) != id(cache):
             raise ImpossibleError("the model keeps a cache of its own", HINT)
         sides: dict[Literal["decoder", "encoder"], Any] = {
             "decoder": cache.self_attention_cache,

@@ -73,8 +73,10 @@ def check_generation(
         total, failure = steps.total, None
         if steps.different is not None:
             step = steps.tokens.shape[1]
-            whole_text = cross_generation.whole_text if isinstance(source, CrossSource) else _whole_text
-            run = whole_text(source, ids, mask, steps.tokens)
+            if isinstance(source, CrossSource):
+                run = cross_generation.whole_text(source, ids, mask, steps.tokens)
+            else:
+                run = _whole_text(source, ids, mask, steps.tokens)
             if check.compare(path, source, found, [run], tolerance=tolerance).tokens_left_out:
                 name += f", compared up to token {step}, where rounding flips a router"
             else:

@@ -1,4 +1,4 @@
-"""An encoder-decoder with its cache: two files, which appear together or not at all."""
+"""An encoder-decoder with its cache: two files, both of which are checked before either appears."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ class PastSource(Source):
                 logits.append(output.logits)
             return torch.cat(logits, dim=1), *presents(cache, self.slots, inputs, new)
 
-    def flat(self, decoder: Decoder, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def flat(self, decoder: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same for a trace, by names of the outputs, with a cache that keeps every token."""
         cache = decoder.full(self.slots, inputs)
         output = decoder(inputs["input_ids"], inputs["attention_mask"], inputs.get("position_ids"), cache)
