@@ -6,7 +6,8 @@
     report = sparse_onnx.optimize("model.onnx", "model.cpu.onnx", target="cpu")
     report = sparse_onnx.verify("model.onnx", "model.cpu.onnx")
 
-Each function returns the `Report` that the command line prints. Nothing heavy is imported before it is used.
+Each function returns the `Report` that the command line prints, `calibrate` a `Calibration`. Nothing heavy is imported
+before it is used.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["bench", "diff", "export", "inspect", "optimize", "register_kernels", "verify"]
+__all__ = ["bench", "calibrate", "diff", "export", "inspect", "optimize", "register_kernels", "verify"]
 
 if TYPE_CHECKING:
     from sparse_onnx.bench.api import bench
+    from sparse_onnx.calibrate.api import calibrate
     from sparse_onnx.export.api import export
     from sparse_onnx.inspect.api import diff, inspect
     from sparse_onnx.kernels import register_kernels

@@ -134,7 +134,11 @@ class MoEBlock:
     @functools.cached_property
     def weight_bytes(self) -> int:
         """Bytes of all matrices and biases as they are stored; quantized ones in their own width."""
-        return sum(_stored_bytes(value) for value in self.weights.values())
+        return sum(map(self.stored_bytes, self.weights))
+
+    def stored_bytes(self, role: str) -> int:
+        """Bytes of one matrix or bias, all experts', as it is stored."""
+        return _stored_bytes(self.weights[role])
 
 
 def is_neutral(node: ir.Node) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,18 @@ def reference(
         return result.astype(tokens.dtype)
 
 
-def _feed_forward(spec: ExpertSpec, rows: np.ndarray, own: dict[str, np.ndarray]) -> np.ndarray:
+def _feed_forward(spec: ExpertSpec, rows: np.ndarray, own: Mapping[str, np.ndarray]) -> np.ndarray:
+    return _linear(spec, inner_rows(spec, rows, own), own, spec.roles[-1])
+
+
+def inner_rows(spec: ExpertSpec, rows: np.ndarray, own: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What one expert's last matrix reads: ``[n, D] -> [n, I]``, in the rows' type.
+
+    Args:
+        spec: what the expert computes.
+        rows: tokens that it gets.
+        own: its matrices and biases by role, those in front of the last.
+    """
     projected = [_linear(spec, rows, own, role) for role in spec.roles[:-1]]
     hidden = projected[0]
     if spec.gate_layout is GateLayout.NONE:
@@ -75,10 +87,10 @@ def _feed_forward(spec: ExpertSpec, rows: np.ndarray, own: dict[str, np.ndarray]
         if spec.limit > 0:
             gate, up = np.minimum(gate, spec.limit), np.clip(up, -spec.limit, spec.limit)
         hidden = _activate(spec, gate) * (up + spec.beta)
-    return _linear(spec, hidden, own, spec.roles[-1])
+    return hidden
 
 
-def _linear(spec: ExpertSpec, rows: np.ndarray, own: dict[str, np.ndarray], role: str) -> np.ndarray:
+def _linear(spec: ExpertSpec, rows: np.ndarray, own: Mapping[str, np.ndarray], role: str) -> np.ndarray:
     """``[n, in] -> [n, out]``, converting the matrix part by part in the order that it lies in."""
     matrix, bias = own[role], own[f"{role}_bias"].astype(rows.dtype)
     result = np.tile(bias, (len(rows), 1))

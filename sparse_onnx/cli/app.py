@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": "What is sparse in a model: blocks, routers, experts, total and active parameters.",
     "verify": "Do two models give the same answers?",
     "bench": "Interleaved timing of models at several token counts.",
+    "calibrate": "What the layers read and where the tokens go, measured on your data.",
     "diff": "What changed between two models: nodes, blocks, weights.",
     "kernels": "The native kernels: compile them, or say where they are.",
     "passes": "The catalogue of passes; `passes show NAME` explains one.",

@@ -19,12 +19,12 @@ def block_rows(blocks: Sequence[BlockRecord], folded: bool) -> Iterator[tuple[st
         alike = list(group)
         if folded and len(alike) > _ROWS:
             names = [block.name for block in alike]
-            yield f"{_folded(names)} x {len(names)}", alike[0]
+            yield f"{folded_name(names)} x {len(names)}", alike[0]
         else:
             yield from ((block.name, block) for block in alike)
 
 
-def _folded(names: Sequence[str]) -> str:
+def folded_name(names: Sequence[str]) -> str:
     """``layers.{0...47}.mlp`` where one number tells the names apart, else the first and the last."""
     parts = [re.split(r"(\d+)", name) for name in names]
     if len({len(item) for item in parts}) == 1:

@@ -47,6 +47,25 @@ class Output:
 
             yield update
 
+    @contextlib.contextmanager
+    def bar(self, start: str) -> Iterator[Callable[[str, int, int], None] | None]:
+        """A progress bar on a terminal, a plain line now and then elsewhere, nothing when quiet."""
+        if self.quiet:
+            yield None
+            return
+        errors = console(sys.stderr)
+        if not errors.is_terminal:
+            yield _lines(lambda text: errors.print(one_line(text)), start)
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=errors, transient=True) as drawn:
+            task = drawn.add_task(one_line(start), total=None)
+            yield lambda text, done, total: drawn.update(
+                task, description=one_line(text), completed=done, total=total
+            )
+
     def report(self, report: Report, *, explain: bool = False) -> None:
         """The report as tables, and as JSON where it is asked for."""
         from sparse_onnx.cli.render import render
@@ -58,6 +77,10 @@ class Output:
         data = {"schema": SCHEMA, "command": command, "tool": tool_versions(), command: entries}
         self._emit(json.dumps(data, indent=1, allow_nan=False), view)
 
+    def document(self, data: str, view: Callable[[Console], None]) -> None:
+        """A command's own JSON document, of which `view` draws the same for people."""
+        self._emit(data.rstrip("\n"), view)
+
     def _emit(self, data: str, view: Callable[[Console], None]) -> None:
         if self.json_to not in (None, "-"):
             _write(str(self.json_to), data + "\n")
@@ -66,6 +89,20 @@ class Output:
         if self.json_to == "-":
             print(data)
         sys.stdout.flush()
+
+
+def _lines(say: Callable[[str], None], start: str) -> Callable[[str, int, int], None]:
+    """Says each new kind of work, and then each further tenth of it."""
+    said: dict[str, int] = {}
+    say(start)
+
+    def update(text: str, done: int, total: int) -> None:
+        tenth = 10 * done // max(1, total)
+        if said.get(text) != tenth:
+            said[text] = tenth
+            say(f"{text}: {done} of {total}")
+
+    return update
 
 
 def unwritable(path: str) -> str:

@@ -27,6 +27,12 @@ def block_name(nodes: Sequence[ir.Node], anchor: ir.Node) -> str:
     return _plain(anchor)
 
 
+def module_path(node: ir.Node) -> str:
+    """What its exporter called the module that the node belongs to, e.g. ``model.layers.0.mlp.up_proj``; or nothing."""
+    scope = _scope(node)
+    return ".".join(scope) if scope else _path(node) or ""
+
+
 def _scope(node: ir.Node) -> list[str] | None:
     """Module path of torch's exporter: the last entry but the node's own."""
     text = node.metadata_props.get(_SCOPES)

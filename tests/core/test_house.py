@@ -18,7 +18,7 @@ FOLDERS = {"sparse_onnx.passes": ROOT / "passes", "sparse_onnx.models": ROOT / "
 
 #: Rooms by height: a room imports from its own height and below.
 HEIGHT = {"core": 0, "graph": 1, "blocks": 1, "targets": 1, "matching": 1, "passes": 2, "models": 2}
-HEIGHT |= dict.fromkeys(("optimize", "export", "verify", "bench", "inspect"), 3) | {"cli": 4}
+HEIGHT |= dict.fromkeys(("optimize", "export", "verify", "bench", "inspect", "calibrate"), 3) | {"cli": 4}
 
 
 def sources() -> list[Path]:
