@@ -90,6 +90,11 @@ PIPELINE: tuple[Step, ...] = (
     Step(
         "lower", "route_experts", "experts of any body, each on its own rows", forms=("grouped", "branched")
     ),
+    Step(
+        "lower",
+        "repair_cast_transpose",
+        "ORT dies of an order that exporters write; last, since forms may write it too",
+    ),
     Step("finish", "onnx_ir:RemoveUnusedNodesPass", "what only a rewritten block read"),
     Step("finish", "onnx_ir:RemoveUnusedFunctionsPass", "bodies of neutral operators that are all lowered"),
     Step("finish", "onnx_ir:RemoveUnusedOpsetsPass", "the domain of those operators"),

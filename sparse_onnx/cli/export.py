@@ -23,7 +23,7 @@ from sparse_onnx.cli.output import Output
 @click.option(
     "--past",
     is_flag=True,
-    help="With the key/value cache among inputs and outputs, for decoders that generate.",
+    help="With the key/value cache among inputs and outputs, for models that generate text.",
 )
 @click.option("--opset", type=int, help="Operator set version of the result.")
 @click.option(

@@ -51,8 +51,8 @@ def export(
         random_weights: build a Hugging Face model from its configuration alone.
         dtype: ``float32``, ``float16`` or ``bfloat16``; None keeps the source's own.
         opset: version of the ONNX operators, 18 to 25.
-        past: with the key/value cache among inputs and outputs, for decoders of transformers; see
-            `docs/generation.md`.
+        past: with the key/value cache among inputs and outputs, for models of transformers that generate text; of an
+            encoder-decoder `out` is the decoder, and the encoder's file lies beside it. See `docs/generation.md`.
         trust_remote_code: run Python code that comes with a Hugging Face model.
         allow_pickle: load weights from pickles, which can run code.
         adapters: teach it unknown mixture-of-experts modules: functions that get a module and give another one

@@ -52,6 +52,8 @@ _MAX_COMBINATIONS = 4096
 _TRIED_SMALLEST, _TRIED_SPREAD = 4, 12
 #: A guard that fails at no more sizes of an axis than this, and at none larger, is compared there instead.
 _FEW, _SMALL = 16, 16
+#: Sizes that are compared of each such sum.
+_OF_EACH = 3
 _NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 
 Sizes = Mapping[str, int]
@@ -134,7 +136,8 @@ def limits(
 
 
 def isolated(guard: Guard, interface: Interface) -> list[dict[str, int]]:
-    """Sizes to compare on where a guard fails at a few small sizes of one axis only, whatever the others are:
+    """Sizes to compare on where a guard fails at a few small sizes of one axis, or sum of axes, only, whatever the
+    others are:
     torch takes a length that is 1 there for a case of its own, which says nothing of whether the graph is right.
     Empty for any other guard, and one that holds everywhere."""
     symbols = interface.symbols
@@ -142,15 +145,25 @@ def isolated(guard: Guard, interface: Interface) -> list[dict[str, int]]:
     failing = [sizes for sizes in everything if not guard.holds(sizes)]
     if not failing:
         return []
-    for symbol in symbols:
-        values = {sizes[symbol] for sizes in failing}
-        alone = len(failing) == sum(sizes[symbol] in values for sizes in everything)
-        if alone and len(values) <= _FEW and max(values) <= _SMALL:
+    complete = [interface.complete(sizes) for sizes in everything]
+    for symbol in complete[0]:  # the axes' own, and sums of them
+        values = {interface.complete(sizes)[symbol] for sizes in failing}
+        alone = len(failing) == sum(sizes[symbol] in values for sizes in complete)
+        if not alone or len(values) > _FEW or max(values) > _SMALL:
+            continue
+        if symbol in symbols:
             return [
                 {each: value if each == symbol else other for each in symbols}
                 for value in sorted(values)
                 for other in (1, 3)
             ]
+        return [
+            sizes
+            for value in sorted(values)
+            for sizes in _spread([each for each in failing if interface.complete(each)[symbol] == value])[
+                :_OF_EACH
+            ]
+        ]
     return []
 
 

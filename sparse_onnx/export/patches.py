@@ -7,15 +7,13 @@ read. Each computes what the original computes; the exported file is compared wi
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_onnx.export import scans, sparse_attention
+from sparse_onnx.export import compressors, recurrences, reference_window, sparse_attention
 
 
 @contextlib.contextmanager
@@ -77,41 +75,6 @@ def _bound(kind: type[nn.Module], forward: Callable[..., Any]) -> Iterator[None]
         kind.forward = original  # type: ignore[method-assign]
 
 
-def _lightning_attention(
-    self: Any,
-    original: Callable[..., Any],
-    hidden_states: Tensor,
-    position_embeddings: Any,
-    attention_mask: Tensor | None,
-    cache: Any = None,
-    **kwargs: Any,
-) -> Any:
-    """MiniMax's linear attention: all blocks at once but for the state that goes from one to the next. The last block
-    is filled up with zeros, which add nothing to a state."""
-    if cache is not None:
-        return original(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
-    batch, length, _ = hidden_states.shape
-    block, heads, width = self.block_size, self.num_attention_heads, self.head_dim
-    masked = sys.modules[type(self).__module__].apply_mask_to_padding_states  # type: ignore[attr-defined]
-    states = masked(self.act_fn(self.qkv_proj(hidden_states)), attention_mask)
-    states = F.pad(states, (0, 0, 0, scans.padding([], length, block)))
-    states = states.reshape(batch, -1, block, heads, 3 * width).permute(0, 3, 1, 2, 4)
-    query, key, value = states.split(width, dim=-1)  # [batch, heads, blocks, block, width]
-    within = ((query @ key.transpose(-1, -2)) * self.diagonal_decay[:, :, None]) @ value
-    added = (key * self.key_decay[:, None]).transpose(-1, -2) @ value
-    decay = torch.exp(-self.slope_rate * block)
-    state = hidden_states.new_zeros(batch, heads, width, width)
-
-    def step(before: Tensor, update: Tensor, factor: Tensor) -> tuple[tuple[Tensor], tuple[Tensor]]:
-        return (before * factor + update,), (before,)
-
-    (state,), (before,) = scans.scan([], step, added.shape[2], [state], [(added, 2)], [decay])
-    across = (query * self.query_decay[:, None]) @ before.movedim(0, 2)
-    attended = (within + across).permute(0, 2, 3, 1, 4).reshape(batch, -1, heads * width)[:, :length]
-    attended = torch.sigmoid(self.output_gate(hidden_states)) * self.norm(attended)
-    return self.out_proj(attended), state
-
-
 def _longrope(self: Any, original: Callable[..., Any], x: Tensor, position_ids: Tensor) -> Any:
     """PhiMoE's rotary embedding, whose scale depends on the largest position: by a choice instead of Python's `if`."""
     parameters = self.config.rope_parameters
@@ -131,9 +94,13 @@ def _longrope(self: Any, original: Callable[..., Any], x: Tensor, position_ids: 
 #: Class -> what stands in for its forward; called with the original one.
 FORWARDS: dict[str, Callable[..., Any]] = {
     "PhimoeRotaryEmbedding": _longrope,
-    "MiniMaxLightningAttention": _lightning_attention,
-    "DeepseekV4HCACompressor": sparse_attention.heavily_compressed,
-    "DeepseekV4CSACompressor": sparse_attention.sparsely_compressed,
-    "DeepseekV4Indexer": sparse_attention.indexed,
+    "JambaMambaMixer": recurrences.selective_scan,
+    "MiniMaxLightningAttention": recurrences.lightning_attention,
+    "DeepseekV4HCACompressor": compressors.heavily_compressed,
+    "DeepseekV4CSACompressor": compressors.sparsely_compressed,
+    "DeepseekV4Indexer": compressors.indexed,
+    "Glm5NextTextIndexer": sparse_attention.pooled_tokens,
+    "UnlimitedOcrTextModel": reference_window.with_reference,
+    "Qwen4ExpTextAttention": sparse_attention.with_new_positions,
     "Qwen4ExpTextQSAIndexer": sparse_attention.chosen_tokens,
 }

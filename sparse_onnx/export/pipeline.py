@@ -35,6 +35,7 @@ from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.sources import Source, leaves
 from sparse_onnx.graph import io, stats
 from sparse_onnx.inspect.blocks import block_records
+from sparse_onnx.passes.repair_cast_transpose import RepairCastTranspose
 from sparse_onnx.targets import session as sessions
 from sparse_onnx.verify.compare import TOLERANCES
 
@@ -55,6 +56,10 @@ def run(
     Raises:
         ImpossibleError, VerificationError: as `sparse_onnx.export` says; nothing is at `out` then.
     """
+    if isinstance(source, past.CrossSource) and source.encoder_path is None:
+        from sparse_onnx.export.past import pair  # which uses the steps below
+
+        return pair.run(source, out, folder, opset=opset, say=say, given=given)
     if is_stored(source.module):
         from sparse_onnx.export.checkpoint import streamed  # which uses the steps below
 
@@ -159,6 +164,7 @@ def _finished(model: ir.Model, symbols: Mapping[str, str], found: list[experts.E
 def neutral(model: ir.Model, symbols: Mapping[str, str], found: list[experts.Experts]) -> None:
     """Tidied, labelled, in neutral form with its functions, in place."""
     translate.tidy(model)
+    RepairCastTranspose()(model)
     translate.label(model, symbols, found)
     blocks.attach_functions(model)
 

@@ -258,6 +258,10 @@ class Run:
                 keep &= mask
         return keep
 
+    def rows(self, output: int, value: np.ndarray) -> np.ndarray:
+        """An output so that each row has a scale of its own."""
+        return value
+
 
 _LONG = 150
 _ONE_AXIS: tuple[tuple[int, Kind], ...] = (

@@ -129,6 +129,7 @@ def scan(
     for column in columns:
         torch._check(column.shape[0] == length)
     tensors = [value for value in fixed if isinstance(value, Tensor)]
+    carried = _widened(body, carried, columns, fixed)
 
     def step(*values: Tensor) -> list[Tensor]:
         head, rest = values[: len(carried) + len(columns)], iter(values[len(carried) + len(columns) :])
@@ -138,6 +139,21 @@ def scan(
 
     results = torch.ops.higher_order.scan(step, carried, columns, tuple(tensors))
     return list(results[: len(carried)]), list(results[len(carried) :])
+
+
+def _widened(
+    body: Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]],
+    carried: list[Tensor],
+    columns: list[Tensor],
+    fixed: list[Any],
+) -> list[Tensor]:
+    """What is carried, in the types that it has from the second step on. A loop may begin with half precision and go on
+    in float32; a scan has one type throughout."""
+    if all(value.dtype not in (torch.float16, torch.bfloat16) for value in carried):
+        return carried
+    slices = [column.new_empty(column.shape[1:]) for column in columns]
+    following, _ = body(*carried, *slices, *fixed)
+    return [value.to(after.dtype) for value, after in zip(carried, following, strict=True)]
 
 
 def _stack(values: Any, dim: int = 0) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export import (
+    cached_rows,
     experts,
     guards,
     lifting,
@@ -23,6 +24,7 @@ from sparse_onnx.export import (
     program_fixes,
     python_numbers,
     scans,
+    torch_functions,
     translate,
 )
 from sparse_onnx.export.failure import root_line
@@ -90,7 +92,7 @@ def trace(source: Source, found: list[experts.Experts], opset: int, *, lift: boo
 def _trace_module(
     source: Source, inputs: dict[str, Tensor], shapes: dict[str, Any], opset: int, *, rewritten: bool = False
 ) -> Traced:
-    with torch.no_grad():
+    with torch.no_grad(), torch_functions.replaced():
         program = torch.export.export(source.module, (), inputs, dynamic_shapes=shapes, strict=False)
     runnable, assumptions = _runnable(program, source.interface), guards.guards_of(program, source.interface)
     symbols = _symbols(program, source.interface)
@@ -137,9 +139,8 @@ def _trace_transformers(
         symbols = _symbols(program, source.interface)
         input_names, output_names = utils.disambiguate_io_names(input_names, output_names)
         utils.apply_fx_node_fixes("onnx", program.graph_module)
-        model = translate.to_onnx(
-            program, opset=opset, input_names=input_names, table=exporter_onnx._ONNX_TRANSLATION_TABLE
-        )
+        table = {**exporter_onnx._ONNX_TRANSLATION_TABLE, **cached_rows.TABLE}
+        model = translate.to_onnx(program, opset=opset, input_names=input_names, table=table)
     exporter_onnx._name_graph_outputs(model.graph, output_names)
     bodies: list[Any] = [model.graph, *model.functions.values()]
     for fix in exporter_onnx._IR_FIXES:

@@ -19,6 +19,7 @@ from sparse_onnx.optimize import runner
 from sparse_onnx.optimize.watched import EXACT, unrounded
 from sparse_onnx.passes import Phase
 from sparse_onnx.passes.insert_thresholds import InsertThresholds
+from sparse_onnx.passes.repair_cast_transpose import RepairCastTranspose
 from sparse_onnx.passes.repair_scatter_add import RepairScatterAdd
 from sparse_onnx.sparsify.dial import set_level
 from sparse_onnx.sparsify.record import thresholds_of
@@ -118,20 +119,26 @@ def _fits(model: ir.Model) -> bool:
 
 
 def _reference(source: str | os.PathLike[str]) -> ir.Model:
-    """The model as it was, with sums that ORT gets right."""
+    """The model as it was, as ORT can load it and gets it right."""
     model = io.load(source)
     with paused():
         annotate(model)
-        RepairScatterAdd()(model)
+        _repair(model)
     return model
 
 
 def _copy(model: ir.Model) -> ir.Model:
-    """The model in neutral form, with sums that ORT gets right."""
+    """The model in neutral form, as ORT can load it and gets it right."""
     with paused():
         copy = model.clone()
-        RepairScatterAdd()(copy)
+        _repair(copy)
     return copy
+
+
+def _repair(model: ir.Model) -> None:
+    """Repairs what ORT computes wrongly, or does not load."""
+    RepairScatterAdd()(model)
+    RepairCastTranspose()(model)
 
 
 def require_dtypes(model: ir.Model, profile: targets.TargetProfile) -> None:

@@ -103,13 +103,14 @@ def test_a_module_with_fewer_blocks_than_sparse_layers_is_a_fallback(monkeypatch
 
 def test_the_inputs_are_seven_of_sizes_that_no_export_compares() -> None:
     from sparse_onnx.export import samples
+    from sparse_onnx.export.sources import Source
 
     text = samples.interface_of(
         {"ids": torch.tensor([[0, 9], [9, 0]]), "attention_mask": torch.ones(2, 2, dtype=torch.int64)},
         {"ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "sequence"}},
         frozenset({"attention_mask"}),
     )
-    runs = measure.untraced(text)
+    runs = measure.untraced(Source("text", nn.Identity(), text))
     assert len(runs) == 7 and len({tuple(run.sizes.items()) for run in runs}) == 7
     assert {tuple(run.sizes.values()) for run in runs} & {(2, 7), (3, 11), (1, 5)} == set()
     assert any((run.inputs["attention_mask"] == 0).any() for run in runs)

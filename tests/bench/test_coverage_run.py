@@ -109,3 +109,21 @@ def test_the_command_writes_the_page(place: str, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert f"--cases {place}" in page.read_text() and "| `dies` | First | neutral block |" in page.read_text()
     assert CliRunner().invoke(main, ["--cases", place, "--architecture", "nobody"]).exit_code == 2
+
+
+def test_the_page_has_a_second_table_with_cache(place: str, tmp_path: Path) -> None:
+    """Of cells that differ from those of the first."""
+    first, second, page = tmp_path / "first.json", tmp_path / "second.json", tmp_path / "page.md"
+    document = _document()
+    document["results"] = {"dies": document["results"]["first"]}
+    first.write_text(json.dumps(document))
+    none = measure.Cell(measure.INAPPLICABLE, "Dier does not generate text")
+    document["results"] = {"dies": {"title": "Dier", "cells": {"ours": none.to_json()}}}
+    second.write_text(json.dumps(document))
+    arguments = ["--cases", place, "--json", str(first), "--architecture", "dies", "--exporter", "ours"]
+    result = CliRunner().invoke(main, [*arguments, "--docs", str(page), "--with-cache", str(second)])
+    assert result.exit_code == 0, result.output
+    before, after = page.read_text().split("## With key/value cache")
+    assert "| `dies` | First | neutral block |" in before and "- not applicable: " in before
+    assert "| `dies` | Dier | not applicable |" in after and "not applicable: Dier does not" in after
+    assert "| sparse-onnx | 0 | 0 | 0 | 0 | 0 | 1 | 1 |" in after

@@ -35,10 +35,10 @@ def by_onnxruntime(path: Path, prompts: Sequence[Sequence[int]], count: int) -> 
     """Knows nothing but the names and shapes of the model's inputs."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     ids, mask = padded(prompts)
-    types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
     past = {
         value.name: np.zeros(
-            [len(ids) if size == "batch" else 0 if size == "past_sequence" else size for size in value.shape],
+            [len(ids) if size == "batch" else size if isinstance(size, int) else 0 for size in value.shape],
             types[value.type],
         )
         for value in session.get_inputs()

@@ -6,7 +6,9 @@ to give blocks: where it does not, the failing test says what is new.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomllib
@@ -18,6 +20,7 @@ from sparse_onnx.bench.coverage import cases, measure
 
 EXPECTED = tomllib.loads(Path(__file__).with_name("coverage_expected.toml").read_text())
 ALL = {case.name: case for case in cases.architectures()}
+CACHED = {case.name: case for case in cases.with_cache()}
 #: Router groups that no other ordinary test has: a selection bias without groups, a hash table, a linear attention.
 ORDINARY = ("flint", "solar_open", "jamba")
 EACH = [pytest.param(name, marks=() if name in ORDINARY else pytest.mark.slow) for name in ALL]
@@ -25,14 +28,27 @@ EACH = [pytest.param(name, marks=() if name in ORDINARY else pytest.mark.slow) f
 
 @pytest.mark.parametrize("name", EACH)
 def test_architecture(name: str) -> None:
-    expected = EXPECTED.get(name, {"outcome": measure.BLOCK})
+    _check(ALL[name], EXPECTED.get(name, {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(CACHED))
+def test_with_cache(name: str) -> None:
+    expected = EXPECTED.get(name, {})
+    _check(CACHED[name], {**expected, **expected.get("cached", {})})
+
+
+def _check(case: cases.Case, expected: Mapping[str, Any]) -> None:
     for package in expected.get("needs", ()):
         pytest.importorskip(package)
-    cell = measure.measure(ALL[name], "ours")
-    assert cell.outcome == expected["outcome"], cell.reason
-    assert expected.get("reason", "") in cell.reason
+    cell = measure.measure(case, "ours")
+    assert cell.outcome == expected.get("outcome", measure.BLOCK), cell.reason
+    if cell.outcome != measure.INAPPLICABLE:
+        assert expected.get("reason", "") in cell.reason
 
 
 def test_what_is_expected_is_of_this_table() -> None:
-    assert not [name for name, row in EXPECTED.items() if row["outcome"] not in measure.OUTCOMES]
-    assert measure.WRONG not in {row["outcome"] for row in EXPECTED.values()}
+    rows = [*EXPECTED.values(), *(row["cached"] for row in EXPECTED.values() if "cached" in row)]
+    outcomes = {row.get("outcome", measure.BLOCK) for row in rows}
+    assert outcomes <= set(measure.OUTCOMES) - {measure.WRONG, measure.FAILED}
+    assert EXPECTED.keys() <= ALL.keys()

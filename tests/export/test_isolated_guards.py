@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,31 @@ def test_the_sizes_to_compare_on() -> None:
     assert isolated("-1 + S != 1") == [{"batch": 1, "sequence": 2}, {"batch": 3, "sequence": 2}]
     assert {sizes["sequence"] for sizes in isolated("(3 + S) // 4 != 1")} == {1, 2, 3, 4}
     assert {sizes["batch"] for sizes in isolated("B != 1")} == {1}
+
+
+class Cached(samples.Interface):
+    """As a decoder's: the length of the mask is a sum."""
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        return "sequence", "past"
+
+    def complete(self, sizes: Mapping[str, int]) -> Mapping[str, int]:
+        return {**sizes, "total": sizes["sequence"] + sizes["past"]}
+
+
+def test_sums_of_two_axes() -> None:
+    """As pools of four keys, of which there is one up to a total of four."""
+    interface = Cached(samples.interface_of({"mask": torch.ones(2, 9)}, {"mask": {1: "total"}}).inputs)
+
+    def found(code: str) -> list[dict[str, int]]:
+        code = code.replace("T", "L['mask'].size()[1]")
+        return guards.isolated(guards._compile(code, interface), interface)
+
+    sizes = found("(3 + T) // 4 != 1")
+    assert {each["sequence"] + each["past"] for each in sizes} == {2, 3, 4}
+    assert {(1, 1), (1, 3), (3, 1)} <= {(each["sequence"], each["past"]) for each in sizes}
+    assert found("T <= 9") == [] and found("T != 40") == []
 
 
 @pytest.mark.parametrize(

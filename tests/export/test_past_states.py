@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 torch = pytest.importorskip("torch")
 
-from sparse_onnx.export.past.cache import Slot  # noqa: E402
+from sparse_onnx.export.past.slots import Slot  # noqa: E402
 from sparse_onnx.export.past.source import PastInterface, PastSource  # noqa: E402
 from sparse_onnx.export.past.states import bear_one_buffer  # noqa: E402
 from sparse_onnx.export.samples import Spec  # noqa: E402

@@ -17,7 +17,9 @@ from sparse_onnx.export.sources import Source, leaves  # noqa: E402
 
 CLASSES = {
     "deepseek_v4": {"DeepseekV4CSACompressor", "DeepseekV4HCACompressor", "DeepseekV4Indexer"},
-    "qwen4_exp_text": {"Qwen4ExpTextQSAIndexer"},
+    "qwen4_exp_text": {"Qwen4ExpTextAttention", "Qwen4ExpTextQSAIndexer"},
+    "glm5_next": {"Glm5NextTextIndexer"},
+    "jamba": {"JambaMambaMixer"},
     "minimax": {"MiniMaxLightningAttention"},
 }
 

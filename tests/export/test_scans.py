@@ -112,3 +112,20 @@ def test_functions_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     with scans.lifted(modeling.Model()) as ran:
         assert function.__code__ is not before and ran == []
     assert function.__code__ is before and scan_source.SCAN not in function.__globals__
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_state_that_begins_in_half_precision(dtype: torch.dtype) -> None:
+    """Jamba's: zeros of the model's type, which the first step turns into float32. A scan has one type throughout."""
+
+    def step(state: torch.Tensor, factor: torch.Tensor) -> tuple[tuple[torch.Tensor], tuple[torch.Tensor]]:
+        after = state * factor + 1
+        return (after,), (after.to(dtype),)
+
+    factors = torch.rand(2, 6, 4)
+    (state,), (outputs,) = scans.scan([], step, 6, [torch.zeros(2, 4, dtype=dtype)], [(factors, 1)], [])
+    expected = torch.zeros(2, 4, dtype=dtype)
+    for at in range(6):
+        (expected,), (output,) = step(expected, factors[:, at])
+        assert torch.equal(outputs[at], output)
+    assert state.dtype == torch.float32 and torch.equal(state, expected)

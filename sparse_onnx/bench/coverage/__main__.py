@@ -14,25 +14,8 @@ from pathlib import Path
 import click
 
 from sparse_onnx.bench.coverage import cases as every_case
-from sparse_onnx.bench.coverage import exporters, run, table
+from sparse_onnx.bench.coverage import exporters, page, run, table
 from sparse_onnx.core.errors import SparseOnnxError
-
-_USUAL = ("torch", "transformers", "ours")
-_TEXT = """# Which models can be exported
-
-Made by `{command}` with {versions}.
-
-Each {rows} is tiny and has random weights under which routing matters. Each exporter traces the same sample and
-declares the same axes dynamic, without a key/value cache; its file runs in ONNX Runtime on seven inputs of sizes
-that were not traced (one token, other batches, longer, all ids alike, padded), and is compared with torch. Exact
-means: within 1e-5 of the largest magnitude of a row, in float32, or within four times the distance of torch's own
-float32 from its float64 where that is more (and within 1e-4).
-
-{legend}
-
-"blocks" and "largest error" are those of sparse-onnx.
-
-"""
 
 
 @click.command(help=__doc__)
@@ -42,6 +25,12 @@ float32 from its float64 where that is more (and within 1e-4).
 @click.option("--rows", default="architecture", help="What a row of the table is called.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Results; an earlier run goes on.")
 @click.option("--docs", type=click.Path(path_type=Path), help="Writes the table, Markdown.")
+@click.option(
+    "--with-cache",
+    type=click.Path(path_type=Path, exists=True),
+    metavar="JSON",
+    help="Results of --cases sparse_onnx.bench.coverage.cases:with_cache, a second table of that page.",
+)
 @click.option("--timeout", default=300.0, show_default=True, metavar="S", help="Seconds a cell.")
 @click.option("--memory", default=12.0, show_default=True, metavar="GB", help="Memory a cell.")
 @click.option("--again", is_flag=True, help="Measures what the JSON file holds already, too.")
@@ -52,16 +41,18 @@ def main(
     rows: str,
     file: Path | None,
     docs: Path | None,
+    with_cache: Path | None,
     timeout: float,
     memory: float,
     again: bool,
 ) -> None:
-    columns = [name for name in exporters.EXPORTERS if name in (chosen or _USUAL)]
+    columns = [name for name in exporters.EXPORTERS if name in (chosen or page.USUAL)]
     try:
         known = {case.name for case in every_case.load(cases)}
         unknown = sorted(set(names) - known)
         if unknown:
             raise click.UsageError(f"no such model: {', '.join(unknown)}")
+        cached = None if with_cache is None else run.read(with_cache)
         document = run.sweep(
             cases,
             names,
@@ -75,24 +66,10 @@ def main(
     except SparseOnnxError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    measured = [
-        name
-        for name in exporters.EXPORTERS
-        if any(name in row["cells"] for row in document["results"].values())
-    ]
-    text = table.markdown(document, measured, rows)
     if docs is None:
-        click.echo(text)
+        click.echo(table.markdown(document, page.columns(document), rows))
         return
-    versions = ", ".join(f"{name} {version}" for name, version in document["tool"].items() if version)
-    command = " ".join(
-        [
-            "python -m sparse_onnx.bench.coverage",
-            *([] if cases == every_case.ARCHITECTURES else ["--cases", cases, "--rows", rows]),
-            *(() if set(measured) == set(_USUAL) else (f"--exporter {name}" for name in measured)),
-        ]
-    )
-    docs.write_text(_TEXT.format(rows=rows, command=command, versions=versions, legend=table.legend()) + text)
+    docs.write_text(page.markdown(document, cached, cases, rows))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from sparse_onnx.core.errors import UsageError
 
 #: `python -m sparse_onnx.bench.coverage` without `--cases`.
 ARCHITECTURES = "sparse_onnx.bench.coverage.cases:architectures"
+WITH_CACHE = "sparse_onnx.bench.coverage.cases:with_cache"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,11 @@ class Made:
 
     source: Any
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def cached(self) -> bool:
+        """Whether it is exported with its key/value cache."""
+        return bool(self.arguments.get("past"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +48,19 @@ def architectures() -> list[Case]:
         )
 
     return [Case(each.name, each.model_class, maker(each)) for each in registry.architectures()]
+
+
+def with_cache() -> list[Case]:
+    """The same, each with its key/value cache among inputs and outputs."""
+
+    def maker(case: Case) -> Callable[[Path], Made]:
+        def make(folder: Path) -> Made:
+            made = case.make(folder)
+            return Made(made.source, {**made.arguments, "past": True})
+
+        return make
+
+    return [Case(case.name, case.title, maker(case)) for case in architectures()]
 
 
 def modules() -> list[Case]:

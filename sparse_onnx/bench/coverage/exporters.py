@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparse_onnx.bench.coverage import cached_exporters
 from sparse_onnx.bench.coverage.cases import Made
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A file; and of our own exporter the blocks that it kept whole, and its notes."""
+    """A file; and of our own exporter the blocks that it kept whole, and its notes. `feed`: how it is fed where its
+    inputs have names of their own."""
 
     path: Path
     blocks: int = 0
     notes: tuple[str, ...] = ()
+    feed: cached_exporters.Feed | None = None
 
 
 def ours(made: Made, path: Path) -> Exported:
@@ -37,6 +40,8 @@ def torch_onnx(made: Made, path: Path) -> Exported:
     """``torch.onnx.export(model, kwargs=..., dynamic_shapes=..., dynamo=True)``."""
     import torch
 
+    if made.cached:
+        return Exported(path, feed=cached_exporters.torch_onnx(made, path))
     source, inputs, shapes = _sample(made)
     with torch.no_grad():
         torch.onnx.export(
@@ -51,6 +56,8 @@ def transformers_onnx(made: Made, path: Path) -> Exported:
     import onnx_ir as ir
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
+    if made.cached:
+        return Exported(path, feed=cached_exporters.transformers_onnx(made, path))
     source, inputs, shapes = _sample(made)
     model: Any = source.module
     try:
@@ -68,6 +75,8 @@ def legacy_onnx(made: Made, path: Path) -> Exported:
     use still."""
     import torch
 
+    if made.cached:
+        raise NotImplementedError("it takes no cache, only tuples of tensors")
     source, inputs, _ = _sample(made)
     axes = {name: dict(spec.axes) for name, spec in source.interface.inputs.items()}
     with torch.no_grad():
@@ -104,8 +113,17 @@ def _sample(made: Made) -> tuple[Source, dict[str, Any], dict[str, Any]]:
 
 def load(made: Made) -> Source:
     """The model in torch, as `sparse_onnx.export` loads it."""
+    from sparse_onnx.export import past
+
+    return past.with_past(load_plain(made)) if made.cached else load_plain(made)
+
+
+def load_plain(made: Made) -> Source:
+    """The same without its key/value cache."""
     from sparse_onnx.export import sources
 
-    if isinstance(made.source, str):
-        return sources.resolve(made.source, **made.arguments)
-    return sources.of_objects(made.source)
+    if not isinstance(made.source, str):
+        return sources.of_objects(made.source)
+    return sources.resolve(
+        made.source, **{name: value for name, value in made.arguments.items() if name != "past"}
+    )

@@ -48,7 +48,7 @@ def sweep(
         The object that the file holds.
     """
     titles = {case.name: case.title for case in load(cases)}
-    document = _read(file)
+    document = read(file)
     for name in names or titles:
         row = document["results"].setdefault(name, {"title": titles[name], "cells": {}})
         for exporter in exporters:
@@ -62,7 +62,12 @@ def sweep(
     return document
 
 
-def _read(file: Path | None) -> dict[str, Any]:
+def read(file: Path | None) -> dict[str, Any]:
+    """The results of an earlier run, with today's versions; none where there is no such file.
+
+    Raises:
+        ModelError: the file holds something else.
+    """
     import torch
     import transformers
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sparse_onnx.bench.coverage.measure import BLOCK, FAILED, FALLBACK, OUTCOMES, REFUSED, WRONG
+from sparse_onnx.bench.coverage.measure import (
+    BLOCK,
+    FAILED,
+    FALLBACK,
+    INAPPLICABLE,
+    OUTCOMES,
+    REFUSED,
+    WRONG,
+)
 
 _HEADINGS = {
     "legacy": "torch.onnx.export, dynamo=False",
@@ -20,6 +28,7 @@ _WORDS = {
     REFUSED: "refused",
     FAILED: "failed",
     WRONG: "**silently wrong**",
+    INAPPLICABLE: "not applicable",
 }
 _MEANINGS = {
     BLOCK: "every sparse layer is one neutral block, exact",
@@ -27,6 +36,7 @@ _MEANINGS = {
     REFUSED: "an error that says why the model cannot be exported",
     FAILED: "any other error, of the exporter or of the runtime",
     WRONG: "a file that runs and answers otherwise than torch",
+    INAPPLICABLE: "transformers itself does not generate with this model and a key/value cache",
 }
 
 
@@ -43,17 +53,26 @@ def markdown(document: Mapping[str, Any], exporters: Sequence[str], rows: str = 
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def legend() -> str:
-    return "\n".join(f"- {_WORDS[outcome]}: {_MEANINGS[outcome]}" for outcome in OUTCOMES)
+def legend(*documents: Mapping[str, Any]) -> str:
+    """What the words of these tables mean."""
+    rows = [row for document in documents for row in document["results"].values()]
+    return "\n".join(f"- {_WORDS[outcome]}: {_MEANINGS[outcome]}" for outcome in _outcomes(rows))
+
+
+def _outcomes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """All, but "not applicable" only where it occurs."""
+    found = {cell["outcome"] for row in rows for cell in row["cells"].values()}
+    return [outcome for outcome in OUTCOMES if outcome != INAPPLICABLE or outcome in found]
 
 
 def _totals(results: Mapping[str, Any], exporters: Sequence[str]) -> str:
-    lines = [_line(["exporter", *(_WORDS[each] for each in OUTCOMES), "of"]), _rule(len(OUTCOMES) + 2)]
+    outcomes = _outcomes(results.values())
+    lines = [_line(["exporter", *(_WORDS[each] for each in outcomes), "of"]), _rule(len(outcomes) + 2)]
     for exporter in exporters:
         counts = Counter(
             row["cells"][exporter]["outcome"] for row in results.values() if exporter in row["cells"]
         )
-        cells = [str(counts[outcome]) for outcome in OUTCOMES]
+        cells = [str(counts[outcome]) for outcome in outcomes]
         lines.append(_line([_HEADINGS[exporter], *cells, str(counts.total())]))
     return "\n".join(lines)
 

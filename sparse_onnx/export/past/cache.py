@@ -8,70 +8,40 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_onnx.core.errors import ImpossibleError
+from sparse_onnx.export.past import compressed, own_caches, reference
+from sparse_onnx.export.past.slots import HINT, Slot, fill, narrow, slots_of
 
-HINT = "export it without --past"
 #: What rounding does not explain, relative to the largest logit.
 _FORGOTTEN = 1e-1
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """One tensor of the cache, with the batch in axis 0.
-
-    `kind` is ``key`` and ``value`` `[batch, heads, length, width]` and ``indexer_key`` `[batch, length, width]`, which
-    grow with each token, or ``conv_state`` and ``recurrent_state``, which do not; `index` counts the states of one
-    layer. `alone` says that the layer has no other state or key, as LFM2's convolutions.
-    """
-
-    layer: int
-    kind: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    index: int = 0
-    alone: bool = False
-
-    @property
-    def axis(self) -> int | None:
-        """The axis that grows."""
-        return {"key": 2, "value": 2, "indexer_key": 1}.get(self.kind)
-
-    @property
-    def past(self) -> str:
-        return f"past_conv.{self.layer}" if self.alone else f"past_key_values.{self.layer}.{self._suffix}"
-
-    @property
-    def present(self) -> str:
-        return f"present_conv.{self.layer}" if self.alone else f"present.{self.layer}.{self._suffix}"
-
-    @property
-    def _suffix(self) -> str:
-        return f"{self.kind}_{self.index}" if self.index else self.kind
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """How a language model of transformers is called with a cache.
 
-    `forward` is the model's own, whatever stands in its place during a trace.
+    `forward` is the model's own, whatever stands in its place during a trace. `empty` makes the cache that `generate`
+    starts with, or is given where `gives_cache`.
     """
 
     config: Any
     forward: Any
     cache: str
     takes_positions: bool
+    empty: Callable[[], Any]
+    gives_cache: bool = False
 
     @staticmethod
     def of(model: nn.Module) -> Decoder:
         """
         Raises:
-            ImpossibleError: the model has no cache of its own, or an encoder too.
+            ImpossibleError: the model has no cache of its own.
         """
         config: Any = getattr(model, "config", None)
         generates = getattr(model, "can_generate", None)
@@ -79,18 +49,21 @@ class Decoder:
             raise ImpossibleError(
                 "--past needs a decoder of transformers: this module has no key/value cache", HINT
             )
-        if getattr(config, "is_encoder_decoder", False):
-            raise ImpossibleError(
-                "--past takes decoders only, and this model has an encoder, whose keys and values it caches too",
-                HINT,
-            )
         parameters = inspect.signature(type(model).forward).parameters
         name = next((each for each in ("cache", "past_key_values") if each in parameters), None)
         if name is None or not generates():
             raise ImpossibleError(
                 f"--past needs a decoder that generates: {type(model).__name__} has no key/value cache", HINT
             )
-        return Decoder(config, model.forward, name, "position_ids" in parameters)
+        from transformers import GenerationMixin
+
+        if not isinstance(model, GenerationMixin):
+            raise ImpossibleError(
+                f"--past needs a decoder that generates token by token: {type(model).__name__} does otherwise",
+                HINT,
+            )
+        empty, gives = own_caches.maker(type(model), config.get_text_config(decoder=True))
+        return Decoder(config, model.forward, name, "position_ids" in parameters, empty, gives)
 
     @property
     def text(self) -> Any:
@@ -103,12 +76,6 @@ class Decoder:
         if self.takes_positions:
             arguments["position_ids"] = positions
         return self.forward(**arguments)
-
-    def empty(self) -> Any:
-        """The cache that transformers' `generate` starts with."""
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.text)
 
     @torch.no_grad()
     def layout(self) -> tuple[Slot, ...]:
@@ -125,20 +92,19 @@ class Decoder:
         if id(returned) != id(cache):
             kind = type(returned).__name__
             raise ImpossibleError(f"the model keeps a cache of its own, {kind}", HINT)
-        slots = tuple(slot for index, layer in enumerate(cache.layers) for slot in _slots(index, layer))
+        slots = tuple(slot for index, layer in enumerate(cache.layers) for slot in slots_of(index, layer))
+        lengths = [slot for slot in slots if slot.kind == reference.KIND]
+        slots = tuple(slot for slot in slots if slot not in lengths[1:])  # one for all layers
         if not any(slot.axis for slot in slots):
             raise ImpossibleError("the cache holds no keys and values, from which a past length shows", HINT)
         return slots
 
     @torch.no_grad()
-    def require_continuing(self, slots: Sequence[Slot]) -> None:
-        """
-        Raises:
-            ImpossibleError: the model forgets a state where several tokens follow it, as Jamba in transformers 5.24,
-                so that one graph for any number of tokens cannot give what `generate` gives.
-        """
-        if all(slot.axis is not None for slot in slots):
-            return
+    def continues(self, slots: Sequence[Slot]) -> bool:
+        """Whether several tokens after a past see what came before them. Jamba of transformers 5.24 forgets its states
+        where more than one token follows."""
+        if not any(slot.fixed for slot in slots):
+            return True
         ids = torch.arange(9)[None] % int(self.text.vocab_size)
         cache = self.empty()
         for piece in (slice(0, 5), slice(5, 9)):
@@ -147,15 +113,13 @@ class Decoder:
             )
         whole = self(ids, torch.ones_like(ids), torch.arange(9)[None], self.empty())
         expected, actual = (output.logits[:, -1].float() for output in (whole, split))
-        if float((expected - actual).abs().max()) > _FORGOTTEN * float(expected.abs().max()):
-            raise ImpossibleError(
-                "transformers' own code for this model forgets its state where several tokens follow a past",
-                HINT,
-            )
+        return float((expected - actual).abs().max()) <= _FORGOTTEN * float(expected.abs().max())
 
     def thresholds(self) -> list[int]:
-        """Lengths at which a model changes what it does: windows, chunks, the reach of short rotary factors."""
-        found = {getattr(layer, "sliding_window", None) for layer in self.empty().layers}
+        """Lengths at which a model changes what it does: windows, chunks, blocks that are compressed, the reach of
+        short rotary factors."""
+        names = ("sliding_window", "compress_rate")
+        found = {getattr(layer, name, None) for layer in self.empty().layers for name in names}
         rotary = getattr(self.text, "rope_parameters", None) or {}
         if rotary.get("rope_type") == "longrope":
             found.add(rotary.get("original_max_position_embeddings"))
@@ -165,11 +129,16 @@ class Decoder:
         """A cache of transformers' own layers with this past: what they would hold after these tokens. None of
         the past means a fresh cache."""
         cache = self.empty()
+        prompt = next((tensors[slot.past] for slot in slots if slot.kind == reference.KIND), None)
         for layer, named in _by_layer(cache, slots, tensors):
-            if _length(slots, tensors):
-                _fill(layer, named)
-                _narrow(layer, _length(slots, tensors))
-            if hasattr(layer, "record_past") and hasattr(layer, "sliding_window"):
+            if prompt is not None and reference.is_referencing(layer):
+                reference.fill(layer, named[0][1], named[1][1], int(prompt[0]))
+            elif _length(slots, tensors):
+                fill(layer, named)
+                narrow(layer, _length(slots, tensors))
+            if compressed.is_compressing(layer):
+                compressed.recording(layer)
+            elif hasattr(layer, "record_past") and hasattr(layer, "sliding_window"):
                 layer.record_past = True  # or the newest tokens of a long input would be cut, too
         return cache
 
@@ -188,9 +157,25 @@ class Decoder:
             if type(layer) in kept:
                 states = {"number_of_states": layer.number_of_states} if hasattr(layer, "conv_states") else {}
                 cache.layers[index] = kept[type(layer)](**states)
-        for layer, named in _by_layer(cache, slots, tensors):
-            _fill(layer, named)
+            elif compressed.is_compressing(layer):
+                cache.layers[index] = compressed.whole()
+            elif reference.is_referencing(layer):
+                cache.layers[index] = reference.whole()
+        for layer, named in _by_layer(cache, slots, self._begun(slots, tensors)):
+            fill(layer, named)
         return cache
+
+    def _begun(self, slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The past, in which all tokens before the first are its end, where a layer keeps the last ones (Qwen4): a
+        state that is zeros at first would say something else."""
+        found = dict(tensors)
+        for slot in slots:
+            if slot.kind == "conv_state" and not slot.dtype.is_floating_point:
+                end = self.text.eos_token_id
+                end = end[0] if isinstance(end, list) else end
+                begun = torch.arange(1) + _length(slots, tensors) > 0
+                found[slot.past] = torch.where(begun, found[slot.past], torch.full((1,), int(end)))
+        return found
 
 
 def presents(
@@ -206,7 +191,10 @@ def presents(
     """
     found = []
     for slot in slots:
-        value = _read(cache.layers[slot.layer], slot)
+        layer = cache.layers[slot.layer]
+        value = slot.read(layer, tensors.get(slot.past))
+        if slot.kind == "key" and hasattr(layer, "newest"):
+            value = layer.newest
         if slot.axis is not None and tokens is not None:
             new = value.narrow(slot.axis, value.shape[slot.axis] - tokens, tokens)
             value = torch.cat([tensors[slot.past], new], dim=slot.axis)
@@ -218,42 +206,6 @@ def presents(
     return found
 
 
-def _slots(index: int, layer: Any) -> Iterator[Slot]:
-    from transformers import cache_utils
-
-    known = (
-        cache_utils.DynamicLayer,
-        cache_utils.DynamicSlidingWindowLayer,
-        cache_utils.DynamicIndexedLayer,
-        cache_utils.LinearAttentionLayer,
-        cache_utils.LinearAttentionAndFullAttentionLayer,
-        cache_utils.LinearAttentionAndSlidingWindowAttentionLayer,
-    )
-    if isinstance(layer, cache_utils.DummyLayer):
-        return
-    if type(layer) not in known:
-        raise ImpossibleError(
-            f"layer {index} keeps a {type(layer).__name__} in the cache, which neither onnxruntime-genai nor "
-            "optimum has inputs for",
-            HINT,
-        )
-    if getattr(layer, "indexer_position_ids", None) is not None:
-        raise ImpossibleError(f"layer {index} keeps positions of its indexer in the cache", HINT)
-    for kind, attribute in (("key", "keys"), ("value", "values"), ("indexer_key", "indexer_keys")):
-        value = getattr(layer, attribute, None)
-        if value is not None:
-            yield Slot(index, kind, tuple(value.shape), value.dtype)
-    states = [
-        (kind, number, value)
-        for kind in ("conv_state", "recurrent_state")
-        for number, value in getattr(layer, f"{kind}s", {}).items()
-        if value is not None
-    ]
-    alone = len(states) == 1 and states[0][0] == "conv_state" and getattr(layer, "keys", None) is None
-    for kind, number, value in states:
-        yield Slot(index, kind, tuple(value.shape), value.dtype, number, alone)
-
-
 def _by_layer(
     cache: Any, slots: Sequence[Slot], tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[Any, list[tuple[Slot, Tensor]]]]:
@@ -263,36 +215,3 @@ def _by_layer(
 
 def _length(slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> int:
     return next(tensors[slot.past].shape[slot.axis] for slot in slots if slot.axis is not None)
-
-
-def _fill(layer: Any, named: Sequence[tuple[Slot, Tensor]]) -> None:
-    for slot, value in named:
-        layer.device, layer.dtype = value.device, value.dtype
-        if slot.kind in ("key", "value"):
-            setattr(layer, f"{slot.kind}s", value)
-            layer.is_initialized = True
-        elif slot.kind == "indexer_key":
-            layer.indexer_keys, layer.is_indexer_initialized = value, True
-            layer.indexer_device, layer.indexer_dtype = value.device, value.dtype
-        else:
-            # Layers write their states in place.
-            getattr(layer, f"{slot.kind}s")[slot.index] = value.clone()
-            getattr(layer, f"is_{slot.kind}s_initialized")[slot.index] = True
-            layer.has_previous_state[slot.index] = True
-            if slot.kind == "conv_state":
-                layer.conv_kernel_size[slot.index] = slot.shape[-1]
-
-
-def _narrow(layer: Any, length: int) -> None:
-    """Leaves a sliding window what transformers leaves it after `length` tokens."""
-    window = getattr(layer, "sliding_window", None)
-    if window is not None:
-        layer.keys = layer.keys[:, :, -window + 1 :]
-        layer.values = layer.values[:, :, -window + 1 :]
-        layer.cumulative_length = length
-
-
-def _read(layer: Any, slot: Slot) -> Tensor:
-    if slot.axis is None:
-        return getattr(layer, f"{slot.kind}s")[slot.index]
-    return getattr(layer, {"key": "keys", "value": "values"}.get(slot.kind, "indexer_keys"))

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_onnx.export.past.cache import Slot
+from sparse_onnx.export.past import reference
+from sparse_onnx.export.past.cross import CrossSource
+from sparse_onnx.export.past.slots import Slot
 from sparse_onnx.export.past.source import PastSource
 from sparse_onnx.export.past.states import bear_one_buffer
 from sparse_onnx.graph import genai
@@ -46,9 +48,15 @@ def write_config(source: PastSource, out: Path) -> str:
 
 
 def _impossible(source: PastSource, out: Path) -> str | None:
+    if isinstance(source, CrossSource):
+        return "onnxruntime-genai runs no encoder-decoders of text"
     kinds = {slot.kind for slot in source.slots}
     if "indexer_key" in kinds:
         return "onnxruntime-genai has no cache for the keys of an indexer"
+    if any(slot.is_part for slot in source.slots):
+        return "onnxruntime-genai has no cache for compressed keys"
+    if reference.KIND in kinds:
+        return "onnxruntime-genai has no place for the length of the prompt, which this model's window spares"
     states = [slot for slot in source.slots if slot.axis is None and not slot.alone]
     if states and (any(slot.alone for slot in source.slots) or not _has_place(states)):
         return "onnxruntime-genai takes one convolution and one recurrent state a layer, alike in all layers"

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError
-from sparse_onnx.export import samples
+from sparse_onnx.export import patches, samples
 from sparse_onnx.export.failure import first_line
-from sparse_onnx.export.past.cache import HINT, Decoder, Slot, presents
+from sparse_onnx.export.past import reference
+from sparse_onnx.export.past.cache import Decoder, presents
+from sparse_onnx.export.past.slots import HINT, Slot, blocks_axis
 from sparse_onnx.export.samples import Interface, Kind, Spec
 from sparse_onnx.export.sources import Source
 
@@ -33,8 +35,24 @@ _RUNS: tuple[tuple[int, int, int, Kind], ...] = (
 )
 #: Tokens of padding that end a past.
 _GAP = 2
+#: For a model of which the file is right where transformers is not.
+_STEPWISE = (
+    "transformers' own code for this model forgets its state where several tokens follow a past; the file goes on from "
+    "it, and was compared with transformers given one token after another"
+)
 #: Largest cache that a run beyond the window is made for.
 _MAX_BYTES = 1 << 30
+
+
+class _PromptLength(Spec):
+    """`reference_length`: one number, the same for all sequences, and no more than the past that it is given with."""
+
+    @property
+    def constant(self) -> bool:
+        return False
+
+    def draw(self, sizes: Mapping[str, int], kind: Kind, generator: torch.Generator) -> Tensor:
+        return torch.randint(1, 4, (1,), generator=generator).repeat(sizes["batch"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +62,28 @@ class PastInterface(Interface):
     cached: ClassVar[bool] = True
     thresholds: tuple[int, ...] = ()
     longest: int | None = None
+    rates: tuple[int, ...] = ()
+    """Tokens of the blocks of which a layer keeps one entry each."""
+    states: frozenset[int] = frozenset()
+    """Outputs that are recurrent states `[batch, heads, width, width]`."""
 
     @property
     def symbols(self) -> tuple[str, ...]:
         return "batch", "sequence", "past_sequence"
 
     def complete(self, sizes: Mapping[str, int]) -> Mapping[str, int]:
-        return {**sizes, "total_sequence": sizes["sequence"] + sizes["past_sequence"]}
+        past = sizes["past_sequence"]
+        blocks = {blocks_axis(rate): past // rate for rate in self.rates}
+        return {**sizes, "total_sequence": sizes["sequence"] + past, **blocks}
+
+    def traced_sizes(self) -> dict[str, int]:
+        """With a past of several blocks, as many of each kind as no other axis has."""
+        sizes = super().traced_sizes()
+        for past in range(sizes["past_sequence"], 16 * max(self.rates, default=1)):
+            values = self.complete({**sizes, "past_sequence": past}).values()
+            if len(set(values)) == len(values) and min(values) > 1:
+                return {**sizes, "past_sequence": past}
+        return sizes
 
     def draw(self, sizes: Mapping[str, int], kind: Kind = "random", seed: int = 0) -> dict[str, Tensor]:
         """Keys, values and states are random; without a past the states are zero, as both runtimes begin. Padding is
@@ -65,7 +98,7 @@ class PastInterface(Interface):
             drawn["position_ids"] = positions[:, -new:].contiguous()
         if not past:
             for name, spec in self.inputs.items():
-                if spec.dtype.is_floating_point and "past_sequence" not in spec.axes.values():
+                if isinstance(spec, _PromptLength) or (spec.dtype.is_floating_point and len(spec.axes) == 1):
                     drawn[name] = torch.zeros_like(drawn[name])
         return drawn
 
@@ -96,16 +129,19 @@ class PastInterface(Interface):
         )
 
     def run(self, name: str, inputs: dict[str, Tensor], sizes: Mapping[str, int]) -> samples.Run:
-        return PastRun(name, inputs, sizes, self.masks)
+        return PastRun(name, inputs, sizes, self.masks, states=self.states)
 
     def _bytes(self, batch: int, past: int) -> int:
         sizes = self.complete({"batch": batch, "sequence": 1, "past_sequence": past})
         return sum(math.prod(spec.shape(sizes)) for spec in self.inputs.values()) * 4
 
 
+@dataclasses.dataclass(frozen=True)
 class PastRun(samples.Run):
     """Padding is left out of the logits `[batch, sequence, vocabulary]` and of the keys and values `[batch, heads,
     total, width]`."""
+
+    states: frozenset[int] = frozenset()
 
     def kept(self, output: int, shape: tuple[int, ...]) -> np.ndarray:
         mask = self.inputs["attention_mask"].numpy().astype(np.bool_)
@@ -115,6 +151,11 @@ class PastRun(samples.Run):
             return np.broadcast_to(mask[:, None], shape[:3])
         return np.ones(shape[:1], np.bool_)
 
+    def rows(self, output: int, value: np.ndarray) -> np.ndarray:
+        """A state is one matrix a head, whose rows are summed over where it is read; those that have decayed to next to
+        nothing are differences of logarithms, and have next to no digits of their own."""
+        return value.reshape(*value.shape[:-2], -1) if output in self.states else value
+
 
 def python_name(name: str) -> str:
     return name.replace(".", "_")
@@ -123,11 +164,13 @@ def python_name(name: str) -> str:
 @dataclasses.dataclass(frozen=True)
 class PastSource(Source):
     """A decoder; `slots` are the tensors of its cache, in the order of the outputs behind the logits, and `plain` is
-    the same model without cache."""
+    the same model without cache. `stepwise` says that transformers' own code is right only for one token after a
+    past, so that it is given them one by one."""
 
     interface: PastInterface
     slots: tuple[Slot, ...] = ()
     plain: Source | None = None
+    stepwise: bool = False
 
     @property
     def decoder(self) -> Decoder:
@@ -135,11 +178,30 @@ class PastSource(Source):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Any:
         """Logits and new cache by the module with transformers' own cache, its sliding windows cut as they are."""
-        decoder, ids = self.decoder, inputs["input_ids"]
+        decoder, ids, mask = self.decoder, inputs["input_ids"], inputs["attention_mask"]
+        positions, new = inputs.get("position_ids"), ids.shape[1]
+        past = mask.shape[1] - new
+        pieces = [(at, at + 1) for at in range(new)] if self.stepwise and past else [(0, new)]
         with torch.no_grad():
-            cache = decoder.own(self.slots, inputs)
-            output = decoder(ids, inputs["attention_mask"], inputs.get("position_ids"), cache)
-            return output.logits, *presents(cache, self.slots, inputs, ids.shape[1])
+            cache, logits = decoder.own(self.slots, inputs), []
+            for start, end in pieces:
+                output = decoder(
+                    ids[:, start:end],
+                    mask[:, : past + end],
+                    None if positions is None else positions[:, start:end],
+                    cache,
+                )
+                logits.append(output.logits)
+            return torch.cat(logits, dim=1), *presents(cache, self.slots, inputs, new)
+
+    def flat(self, decoder: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same for a trace, by names of the outputs, with a cache that keeps every token."""
+        cache = decoder.full(self.slots, inputs)
+        output = decoder(inputs["input_ids"], inputs["attention_mask"], inputs.get("position_ids"), cache)
+        now = presents(cache, self.slots, inputs)
+        return {"logits": output.logits} | {
+            slot.present: value for slot, value in zip(self.slots, now, strict=True)
+        }
 
     def widened(self) -> PastSource:
         assert self.plain is not None
@@ -152,27 +214,45 @@ def with_past(source: Source) -> PastSource:
     Raises:
         ImpossibleError: it has none, or one that has no such inputs.
     """
+    if getattr(getattr(source.module, "config", None), "is_encoder_decoder", False):
+        from sparse_onnx.export.past.cross import with_encoder  # which is a source of this kind
+
+        return with_encoder(source)
     decoder = Decoder.of(source.module)
     try:
         slots = decoder.layout()
-        decoder.require_continuing(slots)
+        stepwise = not decoder.continues(slots)
+        with patches.replaced(source.module):
+            forgets = stepwise and not decoder.continues(slots)
     except SparseOnnxError:
         raise
     except Exception as error:  # whatever the model raises where it is given a cache
         raise ImpossibleError(
             f"the model does not run with transformers' own cache: {first_line(error)}", HINT
         ) from error
+    if forgets:
+        raise ImpossibleError(
+            "transformers' own code for this model forgets its state where several tokens follow a past", HINT
+        )
     text = decoder.text
     longest = getattr(text, "max_position_embeddings", None)
-    interface = PastInterface(_inputs(decoder, slots), tuple(decoder.thresholds()), longest)
+    rates = tuple(sorted({slot.rate for slot in slots} - {0}))
+    states = frozenset(
+        at
+        for at, slot in enumerate(slots, start=1)
+        if slot.kind == "recurrent_state" and len(slot.shape) == 4
+    )
+    interface = PastInterface(_inputs(decoder, slots), tuple(decoder.thresholds()), longest, rates, states)
     notes = tuple(
         f"no input longer than {length} tokens was compared, from which on the model goes on otherwise: too large"
         for length in interface.thresholds
         if not interface.exceeds(length) and (longest is None or longest > length)
     )
+    if stepwise:
+        notes += (_STEPWISE,)
     own = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
     changed = {"interface": interface, "is_transformers": True, "notes": (*source.notes, *notes)}
-    return PastSource(**{**own, **changed}, slots=slots, plain=source)
+    return PastSource(**{**own, **changed}, slots=slots, plain=source, stepwise=stepwise)
 
 
 def _inputs(decoder: Decoder, slots: tuple[Slot, ...]) -> dict[str, Spec]:
@@ -188,8 +268,17 @@ def _inputs(decoder: Decoder, slots: tuple[Slot, ...]) -> dict[str, Spec]:
         inputs["position_ids"] = Spec(positions, {0: "batch", 1: "sequence"})
     generator = torch.Generator().manual_seed(0)
     for slot in slots:
-        axes = {0: "batch"} | ({slot.axis: "past_sequence"} if slot.axis is not None else {})
-        shape = [3 if axis == slot.axis else size for axis, size in enumerate(slot.shape)]
-        example = torch.randn(2, *shape[1:], generator=generator).to(slot.dtype)
-        inputs[slot.past] = Spec(example, axes)
+        sizes = {"batch": 2, "past_sequence": 3} | (
+            {blocks_axis(slot.rate): 3 // slot.rate} if slot.rate else {}
+        )
+        shape = [
+            sizes[slot.axes[axis]] if axis in slot.axes else size for axis, size in enumerate(slot.shape)
+        ]
+        if slot.dtype.is_floating_point:
+            example = torch.randn(shape, generator=generator)
+        else:  # token ids, or their positions
+            example = torch.randint(last + 1 if slot.fixed else 3, shape, generator=generator)
+        inputs[slot.past] = Spec(example.to(slot.dtype), slot.axes)
+        if slot.kind == reference.KIND:
+            inputs[slot.past] = _PromptLength(torch.tensor([3, 3]), slot.axes)
     return inputs

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from sparse_onnx.export import experts, trace
-from sparse_onnx.export.past.cache import presents
 from sparse_onnx.export.past.source import PastSource, python_name
 from sparse_onnx.export.sources import Source
 
@@ -45,17 +44,11 @@ class _ByOnnxNames(nn.Module):
 @contextlib.contextmanager
 def _flat_forward(source: PastSource) -> Iterator[None]:
     """Within the block the module takes and gives the cache as tensors by name."""
-    module, decoder, slots = source.module, source.decoder, source.slots
+    module, decoder = source.module, source.decoder
     own = vars(module).get("forward")
 
     def forward(**inputs: Tensor) -> dict[str, Tensor]:
-        past = {slot.past: inputs[python_name(slot.past)] for slot in slots}
-        cache = decoder.full(slots, past)
-        output = decoder(inputs["input_ids"], inputs["attention_mask"], inputs.get("position_ids"), cache)
-        now = presents(cache, slots, past)
-        return {"logits": output.logits} | {
-            slot.present: value for slot, value in zip(slots, now, strict=True)
-        }
+        return source.flat(decoder, {name: inputs[python_name(name)] for name in source.interface.inputs})
 
     module.forward = forward
     try:
@@ -95,7 +88,7 @@ def _name(graph: ir.Graph, source: PastSource) -> None:
         value.shape = _shape(value.shape, spec.axes)
     axes = [{0: "batch", 1: "sequence"}]
     for slot in source.slots:
-        axes.append({0: "batch"} | ({slot.axis: "total_sequence"} if slot.axis is not None else {}))
+        axes.append({0: "batch"} | ({} if slot.growing is None else {slot.growing: slot.total}))
     names = ["logits", *(slot.present for slot in source.slots)]
     for value, name, named in zip(graph.outputs, names, axes, strict=True):
         value.name = name
