@@ -25,6 +25,7 @@ def replaced(model: nn.Module) -> Iterator[list[str]]:
         kinds = {type(module) for module in model.modules()}
         taken = [kind for kind in kinds if kind.__name__ in FORWARDS and ".modeling_" in kind.__module__]
         stack.enter_context(_named_results())
+        stack.enter_context(_scattered_rows())
         for kind in taken:
             stack.enter_context(_bound(kind, FORWARDS[kind.__name__]))
         yield sorted(kind.__name__ for kind in taken)
@@ -61,6 +62,29 @@ def _named_results() -> Iterator[None]:
     finally:
         for name, function in kept.items():
             setattr(torch, name, function)
+
+
+@contextlib.contextmanager
+def _scattered_rows() -> Iterator[None]:
+    """masked_scatter by rows where the mask is alike along the last axis. transformers' own patch of it gathers from the
+    source's elements one by one, and fails where there are none, as without any image."""
+    kept = Tensor.masked_scatter
+
+    def scattered(self: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+        whole = mask.dim() == self.dim() and (mask.shape[-1] == 1 or mask.stride(-1) == 0)
+        flags = mask[..., :1] if whole else mask.expand_as(self)
+        width = self.shape[-1] if whole else 1
+        rows = source.reshape(-1, width)
+        rows = torch.cat([rows, rows.new_zeros(1, width)])  # so that there is one
+        count = flags.reshape(-1).to(torch.int64).cumsum(0)
+        taken = rows[(count - 1).clamp(min=0)].reshape(self.shape)
+        return torch.where(flags, taken, self)
+
+    Tensor.masked_scatter = scattered  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Tensor.masked_scatter = kept  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

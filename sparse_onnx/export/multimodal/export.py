@@ -1,0 +1,152 @@
+"""The files of a multimodal model, each verified by itself, and all together against the whole model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_onnx.core.errors import ImpossibleError
+from sparse_onnx.core.report import Report, VerifyRecord
+from sparse_onnx.export import adapters, experts, pipeline
+from sparse_onnx.export.multimodal import chain, cutting, media, parts
+from sparse_onnx.export.multimodal.prompts import prompt
+from sparse_onnx.export.multimodal.whole import Whole
+from sparse_onnx.export.sources import Source
+from sparse_onnx.graph import io, stats
+from sparse_onnx.verify.compare import TOLERANCES
+
+#: File of each part.
+FILES = {"image": "vision.onnx", "audio": "audio.onnx", "embedding": "embedding.onnx", "text": "text.onnx"}
+
+
+def run(
+    source: Source,
+    out: Path,
+    folder: Path,
+    *,
+    opset: int,
+    image_size: tuple[int, int] | None,
+    say: Callable[[str], None],
+    given: Sequence[adapters.Named] = (),
+) -> Report:
+    """Writes the parts of a transformers model into the folder `out`; `folder` is scratch space on the same file
+    system, `image_size` height and width in pixels, `given` the user's adapters.
+
+    Raises:
+        ImpossibleError: the model cannot be cut, or its embeddings or its decoder cannot be exported.
+        VerificationError: a file, or all of them together, answer otherwise than torch. Nothing was written.
+    """
+    say("finding the parts")
+    module: Any = source.module
+    samples, notes = media.of_model(module, image_size)
+    whole = cutting.cut(module, samples)
+    made, left_out = dict[str, Report](), list(notes)
+    for each in whole.media:
+        part = parts.encoder(source, whole, each.kind)
+        function = _encoder(whole, each.kind)
+        try:
+            made[each.kind] = _export(part, function, each.kind, folder, opset, say, given)
+        except ImpossibleError as error:
+            left_out.append(f"no {FILES[each.kind]}: {error.message}")
+    made["embedding"] = _export(parts.embedding(source, whole), whole.embed, "embedding", folder, opset, say, given)
+    made["text"] = _export(_text(source, whole), _logits(whole), "text", folder, opset, say, given)
+    record = _chain(source, whole, {part: folder / part / FILES[part] for part in made}, say)
+    if record is not None:
+        pipeline.must_agree(record, source)
+    say(f"saving into {out.name}")
+    out.mkdir(exist_ok=True)
+    for part in made:
+        io.save(io.load(folder / part / FILES[part]), out / FILES[part], weights="copy")
+    return _report(source, whole, out, made, record, left_out)
+
+
+def _export(
+    part: Source,
+    function: Any,
+    name: str,
+    folder: Path,
+    opset: int,
+    say: Callable[[str], None],
+    given: Sequence[adapters.Named],
+) -> Report:
+    place, scratch = folder / name, folder / f"{name}.scratch"
+    place.mkdir()
+    scratch.mkdir()
+    with parts.as_part(part, function):
+        return pipeline.run(
+            part, place / FILES[name], scratch, opset=opset, say=lambda line: say(f"{FILES[name]}: {line}"), given=given
+        )
+
+
+def _encoder(whole: Whole, kind: str) -> Any:
+    return lambda module, **varying: whole.encode(module, kind, **varying)
+
+
+def _logits(whole: Whole) -> Any:
+    return lambda module, **inputs: {"logits": whole.decode(module, **inputs).logits}
+
+
+@torch.no_grad()
+def _text(source: Source, whole: Whole) -> Source:
+    module: Any = source.module
+    features: dict[str, Any] = {}
+    for each in whole.media:
+        features |= whole.encode(module, each.kind, **each.varying)
+    lengths = {each.kind: len(features[f"{each.kind}_features"]) for each in whole.media}
+    asked = prompt(module.config, whole.media, lengths, [dict.fromkeys(lengths, 1)])
+    embedded = whole.embed(module, asked.input_ids, **features)
+    return parts.text(source, whole, embedded, cutting.types(module, whole.media, asked))
+
+
+def _chain(
+    source: Source, whole: Whole, paths: dict[str, Path], say: Callable[[str], None]
+) -> VerifyRecord | None:
+    """None where an encoder is missing, so that there is no chain."""
+    if not all(each.kind in paths for each in whole.media):
+        return None
+    found = experts.find(source.module)
+    return chain.compare(source, whole, paths, found, tolerance=TOLERANCES["float32"], progress=say)
+
+
+def _report(
+    source: Source,
+    whole: Whole,
+    out: Path,
+    made: dict[str, Report],
+    record: VerifyRecord | None,
+    left_out: list[str],
+) -> Report:
+    records = {FILES[part]: report.verify for part, report in made.items() if report.verify is not None}
+    if record is not None:
+        records["all files"] = record
+    notes = [*source.notes]
+    notes += [f"{FILES[each.kind]} takes {each.described} at a time" for each in whole.media if each.kind in made]
+    notes += left_out
+    for part, report in made.items():
+        notes += [note for note in dict.fromkeys(report.notes) if note not in notes]
+    text = io.load(out / FILES["text"])
+    return Report(
+        "export",
+        model=stats.record(text, out / FILES["text"]),
+        blocks=[block for report in made.values() for block in report.blocks],
+        verify=_merged(records),
+        notes=notes,
+    )
+
+
+def _merged(records: dict[str, VerifyRecord]) -> VerifyRecord:
+    margins = [each.router_margin for each in records.values() if each.router_margin is not None]
+    return VerifyRecord(
+        method="whole",
+        passed=all(each.passed for each in records.values()),
+        runs=sum(each.runs for each in records.values()),
+        max_abs_error=max(each.max_abs_error or 0.0 for each in records.values()),
+        max_rel_error=max(each.max_rel_error or 0.0 for each in records.values()),
+        inputs=[f"{name}: {run}" for name, each in records.items() for run in each.inputs],
+        router_margin=min(margins, default=None),
+        tokens_left_out=sum(each.tokens_left_out for each in records.values()),
+    )
