@@ -36,10 +36,26 @@ def own_windows() -> Iterator[None]:
     """Keeps cache layers with a window as they are: transformers traces them as if they had none, which is right where
     a mask applies the window again. DiffusionGemma's decoder has no such mask. Not for a model that takes a cache:
     the layer counts its tokens in Python."""
+    with _own(lambda place, attribute: "DynamicSlidingWindowLayer" in place):
+        yield
+
+
+@contextlib.contextmanager
+def own_attention() -> Iterator[None]:
+    """Keeps the attention of encoders as it is. transformers traces it for images of one size by other code, which
+    leaves dots3_note's normalization of queries and keys out; where the lengths are known its own can be followed."""
+    with _own(lambda place, attribute: place.endswith("Attention") and attribute == "forward"):
+        yield
+
+
+@contextlib.contextmanager
+def _own(chosen: Callable[[str, str], bool]) -> Iterator[None]:
+    """Within the block these places of transformers' code are not traced otherwise."""
+    from transformers.exporters import exporter_dynamo as _  # which fills the table
     from transformers.exporters import utils
 
     kept = utils._PATCHES["dynamo"]
-    utils._PATCHES["dynamo"] = [patch for patch in kept if "DynamicSlidingWindowLayer" not in patch[0]]
+    utils._PATCHES["dynamo"] = [patch for patch in kept if not chosen(patch[0], patch[1])]
     try:
         yield
     finally:
@@ -152,9 +168,27 @@ def _longrope(self: Any, original: Callable[..., Any], x: Tensor, position_ids: 
     return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
 
 
+def _experts_by_modality(
+    self: Any, original: Callable[..., Any], hidden_states: Tensor, moe_mm_token_type_ids: Tensor | None = None
+) -> Any:
+    """Ernie 4.5 VL's experts for text and for images, each of which gets its own tokens only: here each gets all, with
+    the others dropped."""
+    if moe_mm_token_type_ids is None:
+        return original(self, hidden_states)
+    tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+    seen = moe_mm_token_type_ids.reshape(-1, 1).bool()
+    total, logits = torch.zeros_like(tokens), None
+    for part, mine in ((self.text_moe, ~seen), (self.vision_moe, seen)):
+        logits, weights, index = part.gate(tokens)
+        total = total + part.experts(tokens, torch.where(mine, index, part.num_experts), weights)
+    total = total.reshape(hidden_states.shape)
+    return (total if self.shared_experts is None else total + self.shared_experts(hidden_states)), logits
+
+
 #: Class -> what stands in for its forward; called with the original one.
 FORWARDS: dict[str, Callable[..., Any]] = {
     "PhimoeRotaryEmbedding": _longrope,
+    "Ernie4_5_VLMoeMoeBlock": _experts_by_modality,
     "MiniMaxLightningAttention": _lightning_attention,
     "DeepseekV4HCACompressor": sparse_attention.heavily_compressed,
     "DeepseekV4CSACompressor": sparse_attention.sparsely_compressed,

@@ -17,7 +17,7 @@ from sparse_onnx.export import check
 from sparse_onnx.export.experts import Experts
 from sparse_onnx.export.multimodal import cutting
 from sparse_onnx.export.multimodal.prompts import Prompt, prompt
-from sparse_onnx.export.multimodal.whole import Whole, called
+from sparse_onnx.export.multimodal.whole import _TYPES, Whole, called
 from sparse_onnx.export.samples import Run
 from sparse_onnx.export.sources import Source
 from sparse_onnx.targets import session as sessions
@@ -31,6 +31,9 @@ _TEXTS: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("1 sequence of text alone", (0,)),
 )
 
+#: Arguments that say which tokens are media.
+TYPES = _TYPES
+_TYPE = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 Arrays = dict[str, np.ndarray]
 
 
@@ -46,6 +49,15 @@ class Chain:
         outputs = [value.name for value in session.get_outputs()]
         return dict(zip(outputs, sessions.run(session, taken, part), strict=True))
 
+    def no_past(self, batch: int) -> Arrays:
+        """An empty past, where the text file takes one."""
+        empty = {}
+        for value in self._sessions["text"].get_inputs():
+            if value.name.startswith("past"):
+                sizes = [size if isinstance(size, int) else 0 for size in value.shape]
+                empty[value.name] = np.zeros([batch, *sizes[1:]], _TYPE[value.type])
+        return empty
+
     def embed(self, whole: Whole, ids: np.ndarray, pieces: Mapping[str, Sequence[Arrays]]) -> Arrays:
         """What the embedding file gives for ids, after each piece of media went through its encoder by itself."""
         feeds: Arrays = {"input_ids": ids}
@@ -58,7 +70,7 @@ class Chain:
         for value in self._sessions["embedding"].get_inputs():
             if value.name not in feeds:  # no media in these ids
                 shape = [size if isinstance(size, int) else 0 for size in value.shape]
-                feeds[value.name] = np.zeros(shape, np.float16 if "16" in value.type else np.float32)
+                feeds[value.name] = np.zeros(shape, _TYPE[value.type])
         return self.run("embedding", feeds)
 
 
@@ -81,6 +93,7 @@ def compare(
     whole: Whole,
     paths: Mapping[str, Path],
     found: Sequence[Experts],
+    runs: Sequence[Run],
     *,
     tolerance: float,
     progress: Callable[[str], None] | None = None,
@@ -92,6 +105,7 @@ def compare(
         whole: how it was cut.
         paths: the files by part.
         found: the experts modules, whose routing is compared where logits differ.
+        runs: of `planned`.
         tolerance: largest accepted error relative to the largest logit.
         progress: called with a line a run.
     """
@@ -103,15 +117,14 @@ def compare(
         text = sessions.create_session(model, name="text")
 
         def answer(feeds: Arrays) -> list[np.ndarray]:
-            embedded = chain.embed(whole, feeds["input_ids"], _pieces(whole, feeds))
-            given = {**feeds, **embedded, **_no_past(text, len(feeds["input_ids"]))}
+            embedded = chain.embed(whole, feeds["input_ids"], pieces(whole, feeds))
+            given = {**feeds, **embedded, **chain.no_past(len(feeds["input_ids"]))}
             taken = {value.name: np.ascontiguousarray(given[value.name]) for value in text.get_inputs()}
             results = sessions.run(text, taken, "text")
             return results[:1] if only else results
 
         return answer
 
-    runs = [_run(source, whole, name, texts, seed) for seed, (name, texts) in enumerate(_TEXTS)]
     return check.compare(
         paths["text"], reference, found, runs, tolerance=tolerance, progress=progress, engine=engine
     )
@@ -130,13 +143,15 @@ def lengths(source: Source, whole: Whole) -> dict[str, int]:
         }
 
 
-def _run(source: Source, whole: Whole, name: str, counts: tuple[int, ...], seed: int) -> Run:
-    texts = [{media.kind: count for media in whole.media} for count in counts]
-    asked = prompt(source.module.config, whole.media, lengths(source, whole), texts, seed)
-    inputs = inputs_of(source, whole, asked, seed)
+def planned(source: Source, whole: Whole) -> list[Run]:
+    """Prompts with one and several media, with padding, and without any."""
+    runs, of_each = [], lengths(source, whole)
     kinds = " and ".join(media.kind for media in whole.media)
-    sizes = {"batch": len(counts), "sequence": asked.input_ids.shape[1]}
-    return Run(name.format(kinds), inputs, sizes, frozenset({"attention_mask"}))
+    for seed, (name, counts) in enumerate(_TEXTS):
+        texts = [{media.kind: count for media in whole.media} for count in counts]
+        asked = prompt(source.module.config, whole.media, of_each, texts, seed)  # type: ignore[arg-type]
+        runs.append(with_positions(source, whole, inputs_of(source, whole, asked, seed), name.format(kinds)))
+    return runs
 
 
 def inputs_of(source: Source, whole: Whole, asked: Prompt, seed: int) -> dict[str, Tensor]:
@@ -147,18 +162,23 @@ def inputs_of(source: Source, whole: Whole, asked: Prompt, seed: int) -> dict[st
             varying[name] = [
                 torch.randn(value.shape, generator=generator).to(value.dtype) for _ in range(asked.pieces[media.kind])
             ]
-    inputs = cutting.arguments(whole, asked, varying)
-    inputs |= cutting.types(source.module, whole.media, asked)
-    if whole.axes is not None:
-        inputs["position_ids"] = asked.positions
+    inputs = cutting.arguments(whole, asked, varying) | cutting.types(source.module, whole.media, asked)
+    return with_positions(source, whole, inputs, "").inputs
+
+
+def with_positions(source: Source, whole: Whole, inputs: Mapping[str, Tensor], name: str) -> Run:
+    """A run with the positions that the text file needs: the model's own, where they have several axes."""
+    inputs = {key: value for key, value in inputs.items() if key != "position_ids"}
     if whole.axes:
         with torch.no_grad():
-            seen, _ = called(source.module, **{name: v for name, v in inputs.items() if name != "position_ids"})
-        inputs["position_ids"] = seen["position_ids"]
-    return inputs
+            inputs["position_ids"] = called(source.module, **inputs)[0]["position_ids"].to(torch.int64)
+    elif whole.axes is not None:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    batch, sequence = inputs["input_ids"].shape
+    return Run(name, inputs, {"batch": batch, "sequence": sequence}, frozenset({"attention_mask"}))
 
 
-def _pieces(whole: Whole, feeds: Mapping[str, np.ndarray]) -> dict[str, list[Arrays]]:
+def pieces(whole: Whole, feeds: Mapping[str, np.ndarray]) -> dict[str, list[Arrays]]:
     """The media of a run, each by itself."""
     found: dict[str, list[Arrays]] = {}
     for media in whole.media:
@@ -171,11 +191,12 @@ def _pieces(whole: Whole, feeds: Mapping[str, np.ndarray]) -> dict[str, list[Arr
     return found
 
 
-def _no_past(session: Any, batch: int) -> Arrays:
-    """An empty past for a text file that takes one."""
-    empty = {}
-    for value in session.get_inputs():
-        if value.name.startswith("past"):
-            shape = [size if isinstance(size, int) else batch if axis == 0 else 0 for axis, size in enumerate(value.shape)]
-            empty[value.name] = np.zeros(shape, np.float16 if "16" in value.type else np.float32)
-    return empty
+def past_of(results: Mapping[str, np.ndarray]) -> Arrays:
+    """The past of the next step: this one's present."""
+    names = {"present.": "past_key_values.", "present_conv.": "past_conv."}
+    return {
+        past + name.removeprefix(present): value
+        for name, value in results.items()
+        for present, past in names.items()
+        if name.startswith(present)
+    }

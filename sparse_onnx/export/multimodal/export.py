@@ -11,8 +11,9 @@ import torch
 
 from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.core.report import Report, VerifyRecord
-from sparse_onnx.export import adapters, experts, pipeline
-from sparse_onnx.export.multimodal import chain, cutting, media, parts
+from sparse_onnx.export import adapters, experts, patches, pipeline
+from sparse_onnx.export.multimodal import chain, cutting, generation, media, parts
+from sparse_onnx.export.multimodal.past import with_past
 from sparse_onnx.export.multimodal.prompts import prompt
 from sparse_onnx.export.multimodal.whole import Whole
 from sparse_onnx.export.sources import Source
@@ -30,6 +31,7 @@ def run(
     *,
     opset: int,
     image_size: tuple[int, int] | None,
+    past: bool,
     say: Callable[[str], None],
     given: Sequence[adapters.Named] = (),
 ) -> Report:
@@ -46,15 +48,13 @@ def run(
     whole = cutting.cut(module, samples)
     made, left_out = dict[str, Report](), list(notes)
     for each in whole.media:
-        part = parts.encoder(source, whole, each.kind)
-        function = _encoder(whole, each.kind)
         try:
-            made[each.kind] = _export(part, function, each.kind, folder, opset, say, given)
+            made[each.kind] = _encoder(source, whole, each, folder, opset, say, given)
         except ImpossibleError as error:
             left_out.append(f"no {FILES[each.kind]}: {error.message}")
     made["embedding"] = _export(parts.embedding(source, whole), whole.embed, "embedding", folder, opset, say, given)
-    made["text"] = _export(_text(source, whole), _logits(whole), "text", folder, opset, say, given)
-    record = _chain(source, whole, {part: folder / part / FILES[part] for part in made}, say)
+    made["text"] = _export(_text(source, whole), _logits(whole), "text", folder, opset, say, given, whole if past else None)
+    record = _chain(source, whole, {part: folder / part / FILES[part] for part in made}, past, say)
     if record is not None:
         pipeline.must_agree(record, source)
     say(f"saving into {out.name}")
@@ -72,18 +72,42 @@ def _export(
     opset: int,
     say: Callable[[str], None],
     given: Sequence[adapters.Named],
+    cached: Whole | None = None,
 ) -> Report:
+    """`cached` is how the model is cut, for a text part that is to have a cache."""
     place, scratch = folder / name, folder / f"{name}.scratch"
-    place.mkdir()
-    scratch.mkdir()
+    place.mkdir(exist_ok=True)
+    scratch.mkdir(exist_ok=True)
     with parts.as_part(part, function):
+        part = part if cached is None else with_past(part, cached)
         return pipeline.run(
             part, place / FILES[name], scratch, opset=opset, say=lambda line: say(f"{FILES[name]}: {line}"), given=given
         )
 
 
-def _encoder(whole: Whole, kind: str) -> Any:
-    return lambda module, **varying: whole.encode(module, kind, **varying)
+def _encoder(
+    source: Source,
+    whole: Whole,
+    each: media.Media,
+    folder: Path,
+    opset: int,
+    say: Callable[[str], None],
+    given: Sequence[adapters.Named],
+) -> Report:
+    """For several pieces at once where the model's code bears that, else for one."""
+
+    def function(module: Any, **varying: Any) -> Any:
+        return whole.encode(module, each.kind, **varying)
+
+    with patches.own_attention():
+        try:
+            part = parts.encoder(source, whole, each.kind, several=True)
+            return _export(part, function, each.kind, folder, opset, say, given)
+        except ImpossibleError:
+            if not part.interface.symbols:
+                raise
+        part = parts.encoder(source, whole, each.kind, several=False)
+        return _export(part, function, each.kind, folder, opset, say, given)
 
 
 def _logits(whole: Whole) -> Any:
@@ -103,13 +127,17 @@ def _text(source: Source, whole: Whole) -> Source:
 
 
 def _chain(
-    source: Source, whole: Whole, paths: dict[str, Path], say: Callable[[str], None]
+    source: Source, whole: Whole, paths: dict[str, Path], past: bool, say: Callable[[str], None]
 ) -> VerifyRecord | None:
     """None where an encoder is missing, so that there is no chain."""
     if not all(each.kind in paths for each in whole.media):
         return None
-    found = experts.find(source.module)
-    return chain.compare(source, whole, paths, found, tolerance=TOLERANCES["float32"], progress=say)
+    found, tolerance = experts.find(source.module), TOLERANCES["float32"]
+    runs = chain.planned(source, whole)
+    record = chain.compare(source, whole, paths, found, runs, tolerance=tolerance, progress=say)
+    if past and record.passed:
+        record = generation.check(record, source, whole, paths, found, tolerance=tolerance, progress=say)
+    return record
 
 
 def _report(

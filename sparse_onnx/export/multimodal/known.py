@@ -65,7 +65,9 @@ def factories() -> Iterator[None]:
 
 
 def known(value: Tensor) -> Tensor:
-    return value.as_subclass(Known)
+    """A copy of the tensor whose values a trace knows."""
+    with _disable_current_modes():
+        return value.clone().as_subclass(Known)
 
 
 def unknown(value: Any) -> Any:
@@ -76,7 +78,7 @@ def unknown(value: Any) -> Any:
 def _at_once(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         result = func(*_plain(args), **_plain(kwargs))
-    return tree_map_only(Tensor, known, result)
+    return tree_map_only(Tensor, lambda value: value.as_subclass(Known), result)
 
 
 def _plain(values: Any) -> Any:

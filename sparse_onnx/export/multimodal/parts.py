@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_onnx.export.multimodal.prompts import plain_ids, prompt
-from sparse_onnx.export.multimodal.whole import DEEPSTACK, Whole
+from sparse_onnx.export.multimodal.whole import DEEPSTACK, SPREAD, Whole
 from sparse_onnx.export.samples import Interface, Kind, Spec
 from sparse_onnx.export.sources import Source
 
@@ -22,7 +22,8 @@ _RUNS: tuple[tuple[int, int, int, Kind], ...] = (
     (3, 11, 6, "random"),
     (1, 1, 0, "random"),
     (1, 5, 3, "random"),
-    (4, 1, 2, "random"),
+    (4, 1, 0, "random"),
+    (4, 3, 2, "random"),
     (2, 9, 7, "one"),
     (1, 40, 20, "random"),
     (5, 3, 0, "random"),
@@ -84,11 +85,10 @@ def positions(mask: Tensor, shape: torch.Size, seed: int = 0) -> Tensor:
     return base + torch.randint(_APART, shape, generator=generator)
 
 
-def encoder(source: Source, whole: Whole, kind: str) -> Source:
-    """Encodes one image or piece of sound, or as many at once as there are entries in axis 0 where it is that simple."""
+def encoder(source: Source, whole: Whole, kind: str, *, several: bool) -> Source:
+    """Encodes one image or piece of sound, or where there is nothing fixed `several` at once, along axis 0."""
     media = next(each for each in whole.media if each.kind == kind)
-    alone = not media.fixed and all(len(value) == 1 for value in media.varying.values())
-    axes = {0: f"{kind}s"} if alone or kind == "image" and "image_grid_thw" not in media.fixed and not media.fixed else {}
+    axes = {0: f"{kind}s"} if several and not media.fixed else {}
     inputs = {
         name: Spec(torch.cat([value, value.flip(-1)]) if axes else value, axes) for name, value in media.varying.items()
     }
@@ -135,7 +135,7 @@ def text_inputs(whole: Whole, embedded: Mapping[str, Tensor], types: Mapping[str
     for name in whole.extras:
         inputs[name] = Spec(embedded[name], tokens)
     if whole.deep:
-        inputs[DEEPSTACK] = Spec(embedded[DEEPSTACK], {1: "batch", 2: "sequence"})
+        inputs[SPREAD] = Spec(embedded[SPREAD], {1: "batch", 2: "sequence"})
     return inputs
 
 

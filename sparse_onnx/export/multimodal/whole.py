@@ -11,11 +11,13 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sparse_onnx.export.multimodal import known
 from sparse_onnx.export.multimodal.media import Media, owner
@@ -24,7 +26,8 @@ from sparse_onnx.export.multimodal.media import Media, owner
 _TYPES = ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids")
 #: What the decoder adds to the states of its first layers where there are images.
 _DEEP = ("visual_pos_masks", "deepstack_visual_embeds")
-DEEPSTACK = "deepstack_features"
+#: Features of images for them `[layers, tokens, hidden]`, and spread over the tokens `[layers, batch, sequence, hidden]`.
+DEEPSTACK, SPREAD = "deepstack_features", "deepstack_embeds"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Whole:
     def encode(self, module: nn.Module, kind: str, **varying: Tensor) -> dict[str, Tensor]:
         """`{kind}_features [tokens, hidden]`, and of images maybe `deepstack_features [layers, tokens, hidden]`."""
         media = next(each for each in self.media if each.kind == kind)
-        fixed = {name: known.known(value.clone()) for name, value in media.fixed.items()}
+        fixed = {name: known.known(value) for name, value in media.fixed.items()}
         with known.factories():
             output = getattr(owner(module, media.method), media.method)(**varying, **fixed, return_dict=True)
             return self._features(module, kind, output)
@@ -77,6 +80,7 @@ class Whole:
                 given = self._like(media.kind, features)
                 place = owner(module, media.method)
                 stack.enter_context(_instead(place, media.method, lambda *_, given=given, **__: given))
+                stack.enter_context(_unchecked(place))
                 arguments |= {name: value.new_zeros(1) for name, value in media.varying.items()} | dict(media.fixed)
             if self.projects:
                 stack.enter_context(_instead(module.multi_modal_projector, "forward", lambda states: states))
@@ -87,7 +91,7 @@ class Whole:
             mask = called["visual_pos_masks"][..., None].expand_as(called["inputs_embeds"])
             empty = torch.zeros_like(called["inputs_embeds"])
             layers = called["deepstack_visual_embeds"]
-            named[DEEPSTACK] = torch.stack([empty.masked_scatter(mask, layer) for layer in layers])
+            named[SPREAD] = torch.stack([empty.masked_scatter(mask, layer) for layer in layers])
         return named
 
     def _like(self, kind: str, features: Mapping[str, Tensor]) -> Any:
@@ -113,10 +117,11 @@ class Whole:
         with contextlib.ExitStack() as stack:
             if self.deep:
                 # Zero where there is text: added to every token instead of to those that a mask picks.
-                extras["visual_pos_masks"], extras["deepstack_visual_embeds"] = None, others.pop(DEEPSTACK).unbind()
+                extras["visual_pos_masks"], extras["deepstack_visual_embeds"] = None, others.pop(SPREAD).unbind()
                 stack.enter_context(_instead(decoder, "_deepstack_process", lambda states, _, layer: states + layer))
             others |= {name: extras.pop(name) for name in list(extras) if name in takes}
             stack.enter_context(_added(decoder, extras))
+            stack.enter_context(_without_ids(module, {"inputs_embeds": inputs_embeds}))
             return type(module).forward(
                 module, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **others
             )
@@ -135,7 +140,7 @@ def _joined(features: Any) -> Tensor:
 
 def called(module: nn.Module, **arguments: Any) -> tuple[dict[str, Any], Any]:
     """What the decoder is called with, by name, with its own answer as ``answer``; and the model's output."""
-    with _watched(module) as seen:
+    with _watched(module) as seen, _without_ids(module, arguments):
         output = type(module).forward(module, **arguments)
     return seen, output
 
@@ -163,6 +168,47 @@ def _watched(module: Any, instead: Any = None) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
+def _unchecked(part: Any) -> Iterator[None]:
+    """Without the check that features and their places are equally many, which no ONNX graph can hold and not every
+    trace can follow."""
+    code = sys.modules[type(part).__module__]
+    with contextlib.ExitStack() as stack:
+        if hasattr(code, "torch_compilable_check"):
+            stack.enter_context(_instead(code, "torch_compilable_check", lambda *_: None))
+        stack.enter_context(_Uncounted())
+        yield
+
+
+class _Uncounted(TorchFunctionMode):
+    """Gives all elements for those that a mask picks: the forwards of transformers count them in that check, and nothing
+    else there picks elements."""
+
+    def __torch_function__(
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            if args[1].dim() == args[0].dim() == 3:
+                return args[0].flatten()
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _without_ids(module: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Has a decoder that looks embeddings up in its table, to find ids that it was not given, take the first id for all:
+    what it makes of ids is given to it."""
+    decoder = module.get_decoder()
+    with contextlib.ExitStack() as stack:
+        if arguments.get("input_ids") is None:
+            ids = torch.zeros_like(arguments["inputs_embeds"][..., 0], dtype=torch.int64)
+            if hasattr(decoder, "reverse_embedding"):
+                stack.enter_context(_instead(decoder, "reverse_embedding", lambda embeddings: ids))
+            if hasattr(decoder, "get_per_layer_inputs"):
+                own = decoder.get_per_layer_inputs
+                stack.enter_context(_instead(decoder, "get_per_layer_inputs", lambda _, embeddings: own(ids, embeddings)))
+        yield
+
+
+@contextlib.contextmanager
 def _added(decoder: Any, extras: Mapping[str, Any]) -> Iterator[None]:
     own = decoder.forward
     with _instead(decoder, "forward", lambda *args, **kwargs: own(*args, **{**kwargs, **extras})):
@@ -173,10 +219,10 @@ def _added(decoder: Any, extras: Mapping[str, Any]) -> Iterator[None]:
 def _instead(place: Any, name: str, function: Any) -> Iterator[None]:
     """Within the block the object has this function for a method."""
     before = vars(place).get(name)
-    object.__setattr__(place, name, function)
+    setattr(place, name, function)
     try:
         yield
     finally:
-        object.__delattr__(place, name)
+        delattr(place, name)
         if before is not None:
-            object.__setattr__(place, name, before)
+            setattr(place, name, before)

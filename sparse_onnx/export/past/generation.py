@@ -108,7 +108,7 @@ def _by_transformers(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens `[batch, count]` and their logits `[batch, count, vocabulary]`."""
     module: Any = source.module
-    with torch.no_grad(), _nothing_but_greedy(module, count):
+    with torch.no_grad(), nothing_but_greedy(module, count):
         result = module.generate(
             input_ids=torch.from_numpy(ids),
             attention_mask=torch.from_numpy(mask),
@@ -120,7 +120,7 @@ def _by_transformers(
 
 
 @contextlib.contextmanager
-def _nothing_but_greedy(module: Any, count: int) -> Iterator[None]:
+def nothing_but_greedy(module: Any, count: int) -> Iterator[None]:
     """The model's own settings of `generate` out of the way: penalties, sampling, the token that ends it."""
     from transformers import GenerationConfig
 

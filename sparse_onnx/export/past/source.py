@@ -65,7 +65,7 @@ class PastInterface(Interface):
             drawn["position_ids"] = positions[:, -new:].contiguous()
         if not past:
             for name, spec in self.inputs.items():
-                if spec.dtype.is_floating_point and "past_sequence" not in spec.axes.values():
+                if name.startswith("past") and "past_sequence" not in spec.axes.values():
                     drawn[name] = torch.zeros_like(drawn[name])
         return drawn
 
@@ -125,6 +125,7 @@ class PastSource(Source):
     """A decoder; `slots` are the tensors of its cache, in the order of the outputs behind the logits, and `plain` is
     the same model without cache."""
 
+    generates: ClassVar[bool] = True  #: whether ids go in, so that the model generates by itself
     interface: PastInterface
     slots: tuple[Slot, ...] = ()
     plain: Source | None = None
@@ -135,11 +136,15 @@ class PastSource(Source):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Any:
         """Logits and new cache by the module with transformers' own cache, its sliding windows cut as they are."""
-        decoder, ids = self.decoder, inputs["input_ids"]
+        decoder = self.decoder
         with torch.no_grad():
             cache = decoder.own(self.slots, inputs)
-            output = decoder(ids, inputs["attention_mask"], inputs.get("position_ids"), cache)
-            return output.logits, *presents(cache, self.slots, inputs, ids.shape[1])
+            output = self.answer(decoder, inputs, cache)
+            return output.logits, *presents(cache, self.slots, inputs, output.logits.shape[1])
+
+    def answer(self, decoder: Decoder, inputs: Mapping[str, Tensor], cache: Any) -> Any:
+        """The model's output, for inputs by their ONNX names; `cache` grows."""
+        return decoder(inputs["input_ids"], inputs["attention_mask"], inputs.get("position_ids"), cache)
 
     def widened(self) -> PastSource:
         assert self.plain is not None

@@ -49,10 +49,10 @@ def _flat_forward(source: PastSource) -> Iterator[None]:
     own = vars(module).get("forward")
 
     def forward(**inputs: Tensor) -> dict[str, Tensor]:
-        past = {slot.past: inputs[python_name(slot.past)] for slot in slots}
-        cache = decoder.full(slots, past)
-        output = decoder(inputs["input_ids"], inputs["attention_mask"], inputs.get("position_ids"), cache)
-        now = presents(cache, slots, past)
+        named = {name: inputs[python_name(name)] for name in source.interface.inputs}
+        cache = decoder.full(slots, named)
+        output = source.answer(decoder, named, cache)
+        now = presents(cache, slots, named)
         return {"logits": output.logits} | {
             slot.present: value for slot, value in zip(slots, now, strict=True)
         }
