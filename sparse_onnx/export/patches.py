@@ -7,6 +7,7 @@ read. Each computes what the original computes; the exported file is compared wi
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -51,7 +52,7 @@ def own_attention() -> Iterator[None]:
 @contextlib.contextmanager
 def _own(chosen: Callable[[str, str], bool]) -> Iterator[None]:
     """Within the block these places of transformers' code are not traced otherwise."""
-    from transformers.exporters import exporter_dynamo as _  # which fills the table
+    importlib.import_module("transformers.exporters.exporter_dynamo")  # fills the table
     from transformers.exporters import utils
 
     kept = utils._PATCHES["dynamo"]
@@ -82,7 +83,7 @@ def _named_results() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _scattered_rows() -> Iterator[None]:
-    """masked_scatter by rows where the mask is alike along the last axis. transformers' own patch of it gathers from the
+    """masked_scatter by rows where the mask is alike along the last axis. transformers' own patch of it gathers the
     source's elements one by one, and fails where there are none, as without any image."""
     kept = Tensor.masked_scatter
 
@@ -169,7 +170,10 @@ def _longrope(self: Any, original: Callable[..., Any], x: Tensor, position_ids: 
 
 
 def _experts_by_modality(
-    self: Any, original: Callable[..., Any], hidden_states: Tensor, moe_mm_token_type_ids: Tensor | None = None
+    self: Any,
+    original: Callable[..., Any],
+    hidden_states: Tensor,
+    moe_mm_token_type_ids: Tensor | None = None,
 ) -> Any:
     """Ernie 4.5 VL's experts for text and for images, each of which gets its own tokens only: here each gets all, with
     the others dropped."""

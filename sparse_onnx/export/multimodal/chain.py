@@ -138,7 +138,9 @@ def lengths(source: Source, whole: Whole) -> dict[str, int]:
     """Tokens of one piece of each kind."""
     with torch.no_grad():
         return {
-            media.kind: len(whole.encode(source.module, media.kind, **media.varying)[f"{media.kind}_features"])
+            media.kind: len(
+                whole.encode(source.module, media.kind, **media.varying)[f"{media.kind}_features"]
+            )
             for media in whole.media
         }
 
@@ -160,7 +162,8 @@ def inputs_of(source: Source, whole: Whole, asked: Prompt, seed: int) -> dict[st
     for media in whole.media:
         for name, value in media.varying.items():
             varying[name] = [
-                torch.randn(value.shape, generator=generator).to(value.dtype) for _ in range(asked.pieces[media.kind])
+                torch.randn(value.shape, generator=generator).to(value.dtype)
+                for _ in range(asked.pieces[media.kind])
             ]
     inputs = cutting.arguments(whole, asked, varying) | cutting.types(source.module, whole.media, asked)
     return with_positions(source, whole, inputs, "").inputs
@@ -169,11 +172,16 @@ def inputs_of(source: Source, whole: Whole, asked: Prompt, seed: int) -> dict[st
 def with_positions(source: Source, whole: Whole, inputs: Mapping[str, Tensor], name: str) -> Run:
     """A run with the positions that the text file needs: the model's own, where they have several axes."""
     inputs = {key: value for key, value in inputs.items() if key != "position_ids"}
-    if whole.axes:
-        with torch.no_grad():
-            inputs["position_ids"] = called(source.module, **inputs)[0]["position_ids"].to(torch.int64)
-    elif whole.axes is not None:
+    if whole.axes is not None:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    if whole.axes:
+        own = {key: value for key, value in inputs.items() if key != "position_ids"}
+        with torch.no_grad():
+            found = called(source.module, **own)[0]["position_ids"]
+        text = inputs["position_ids"].expand(
+            whole.axes, -1, -1
+        )  # without media some models leave them to their decoder
+        inputs["position_ids"] = text if found is None else found.to(torch.int64)
     batch, sequence = inputs["input_ids"].shape
     return Run(name, inputs, {"batch": batch, "sequence": sequence}, frozenset({"attention_mask"}))
 
@@ -185,7 +193,10 @@ def pieces(whole: Whole, feeds: Mapping[str, np.ndarray]) -> dict[str, list[Arra
         first, sample = next(iter(media.varying.items()))
         count = len(feeds[first]) // len(sample) if first in feeds else 0
         found[media.kind] = [
-            {name: feeds[name][n * len(value) : (n + 1) * len(value)] for name, value in media.varying.items()}
+            {
+                name: feeds[name][n * len(value) : (n + 1) * len(value)]
+                for name, value in media.varying.items()
+            }
             for n in range(count)
         ]
     return found

@@ -15,7 +15,7 @@ from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.multimodal.media import Media, owner
 from sparse_onnx.export.multimodal.prompts import Prompt, prompt
-from sparse_onnx.export.multimodal.whole import _DEEP, _TYPES, DEEPSTACK, Whole, called
+from sparse_onnx.export.multimodal.whole import _DEEP, _TYPES, Whole, called
 
 _HINT = "leave out --multimodal: its text alone"
 #: Largest difference of the pieces in torch from the whole, relative to the largest logit.
@@ -33,12 +33,16 @@ def cut(module: Any, media: Sequence[Media]) -> Whole:
     except ImpossibleError:
         raise
     except Exception as error:  # whatever the model raises on its own sample inputs
-        raise ImpossibleError(f"the model does not run on a sample image: {first_line(error)}", _HINT) from error
+        raise ImpossibleError(
+            f"the model does not run on a sample image: {first_line(error)}", _HINT
+        ) from error
 
 
 def _cut(module: Any, media: tuple[Media, ...]) -> Whole:
     outputs = {
-        each.kind: getattr(owner(module, each.method), each.method)(**each.varying, **each.fixed, return_dict=True)
+        each.kind: getattr(owner(module, each.method), each.method)(
+            **each.varying, **each.fixed, return_dict=True
+        )
         for each in media
     }
     failures = []
@@ -71,10 +75,14 @@ def _completed(module: Any, whole: Whole) -> Whole:
     again, _ = called(module, **common, **token_types)
     extras, deep = _extras(seen, again)
     needed = tuple(
-        name for name in token_types if _differs(called(module, **common, **_without(token_types, name))[0], again)
+        name
+        for name in token_types
+        if _differs(called(module, **common, **_without(token_types, name))[0], again)
     )
     whole = dataclasses.replace(whole, types=needed, extras=extras, deep=deep)
-    _prove(module, whole, asked, features, common | {name: token_types[name] for name in needed}, output.logits)
+    _prove(
+        module, whole, asked, features, common | {name: token_types[name] for name in needed}, output.logits
+    )
     return whole
 
 
@@ -85,7 +93,9 @@ def types(module: nn.Module, media: Sequence[Media], asked: Prompt) -> dict[str,
     return {name: kinds for name in _TYPES if name in takes}
 
 
-def arguments(whole: Whole, asked: Prompt, varying: Mapping[str, Sequence[Tensor]] | None = None) -> dict[str, Any]:
+def arguments(
+    whole: Whole, asked: Prompt, varying: Mapping[str, Sequence[Tensor]] | None = None
+) -> dict[str, Any]:
     """What the whole model's forward is called with; `varying` has other media than the samples, by input name."""
     found: dict[str, Any] = {"input_ids": asked.input_ids, "attention_mask": asked.attention_mask}
     for media in whole.media:
@@ -107,7 +117,10 @@ def _emptied(output: Any) -> Any:
 
 def _axes(module: Any, seen: Mapping[str, Any]) -> int | None:
     takes = inspect.signature(type(module).forward).parameters
-    if "position_ids" not in takes or "position_ids" not in inspect.signature(module.get_decoder().forward).parameters:
+    if (
+        "position_ids" not in takes
+        or "position_ids" not in inspect.signature(module.get_decoder().forward).parameters
+    ):
         return None
     positions = seen.get("position_ids")
     return positions.shape[0] if positions is not None and positions.dim() == 3 else 0
@@ -123,7 +136,9 @@ def _extras(seen: Mapping[str, Any], again: Mapping[str, Any]) -> tuple[dict[str
             deep = len(value) if name == "deepstack_visual_embeds" and value else deep
         elif name not in ("inputs_embeds", "position_ids", "cache") and not _same(value, again.get(name)):
             if not isinstance(value, Tensor) or value.shape[:2] != batch:
-                raise ImpossibleError(f"its decoder takes '{name}' besides embeddings, which belongs to no token", _HINT)
+                raise ImpossibleError(
+                    f"its decoder takes '{name}' besides embeddings, which belongs to no token", _HINT
+                )
             extras[name] = value
     return extras, deep
 
@@ -162,5 +177,9 @@ def _prove(
 ) -> None:
     embedded = whole.embed(module, asked.input_ids, **features)
     answer = whole.decode(module, **{**common, **embedded}).logits
-    if answer.shape != logits.shape or float((answer - logits).abs().max()) > _ROUNDING * float(logits.abs().max()):
-        raise ImpossibleError("its encoder, embeddings and decoder one after the other do not give its answer", _HINT)
+    if answer.shape != logits.shape or float((answer - logits).abs().max()) > _ROUNDING * float(
+        logits.abs().max()
+    ):
+        raise ImpossibleError(
+            "its encoder, embeddings and decoder one after the other do not give its answer", _HINT
+        )

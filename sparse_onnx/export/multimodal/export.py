@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,8 +51,12 @@ def run(
             made[each.kind] = _encoder(source, whole, each, folder, opset, say, given)
         except ImpossibleError as error:
             left_out.append(f"no {FILES[each.kind]}: {error.message}")
-    made["embedding"] = _export(parts.embedding(source, whole), whole.embed, "embedding", folder, opset, say, given)
-    made["text"] = _export(_text(source, whole), _logits(whole), "text", folder, opset, say, given, whole if past else None)
+    made["embedding"] = _export(
+        parts.embedding(source, whole), whole.embed, "embedding", folder, opset, say, given
+    )
+    made["text"] = _export(
+        _text(source, whole), _logits(whole), "text", folder, opset, say, given, whole if past else None
+    )
     record = _chain(source, whole, {part: folder / part / FILES[part] for part in made}, past, say)
     if record is not None:
         pipeline.must_agree(record, source)
@@ -81,7 +84,12 @@ def _export(
     with parts.as_part(part, function):
         part = part if cached is None else with_past(part, cached)
         return pipeline.run(
-            part, place / FILES[name], scratch, opset=opset, say=lambda line: say(f"{FILES[name]}: {line}"), given=given
+            part,
+            place / FILES[name],
+            scratch,
+            opset=opset,
+            say=lambda line: say(f"{FILES[name]}: {line}"),
+            given=given,
         )
 
 
@@ -152,9 +160,11 @@ def _report(
     if record is not None:
         records["all files"] = record
     notes = [*source.notes]
-    notes += [f"{FILES[each.kind]} takes {each.described} at a time" for each in whole.media if each.kind in made]
+    notes += [
+        f"{FILES[each.kind]} takes {each.described} at a time" for each in whole.media if each.kind in made
+    ]
     notes += left_out
-    for part, report in made.items():
+    for report in made.values():
         notes += [note for note in dict.fromkeys(report.notes) if note not in notes]
     text = io.load(out / FILES["text"])
     return Report(

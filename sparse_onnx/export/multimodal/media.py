@@ -20,8 +20,8 @@ from sparse_onnx.core.errors import ImpossibleError, UsageError
 
 #: Patches of an image's side where neither the configuration nor the user fixes its size.
 _SIDE = 32
-#: Frames of sound where nobody says: 3 seconds at Whisper's 100 frames a second.
-_FRAMES = 300
+#: Frames of sound: about 3 seconds at Whisper's 100 frames a second, a multiple of what encoders take together.
+_FRAMES = 320
 _PATCH = ("patch_size",)
 _CHANNELS = ("in_channels", "num_channels")
 
@@ -64,13 +64,18 @@ def of_model(model: Any, image_size: tuple[int, int] | None) -> tuple[list[Media
     found, reasons = [], []
     for kind, (method, make) in kinds.items():
         part = owner(model, method)
-        if part is None or getattr(model.config, "vision_config" if kind == "image" else "audio_config", None) is None:
+        if (
+            part is None
+            or getattr(model.config, "vision_config" if kind == "image" else "audio_config", None) is None
+        ):
             continue
         token = _setting(model.config, (f"{kind}_token_id", f"{kind}_token_index"), deep=False)
         try:
             if token is None:
                 raise ImpossibleError("its configuration names no token for it")
-            found.append(make(model, set(inspect.signature(getattr(part, method)).parameters), token, image_size))
+            found.append(
+                make(model, set(inspect.signature(getattr(part, method)).parameters), token, image_size)
+            )
         except ImpossibleError as error:
             reasons.append(f"no {kind} encoder: {error.message}")
     if not found:
@@ -136,12 +141,12 @@ def _audio(model: Any, takes: set[str], token: int, _: Any) -> Media:
     mask = next((name for name in masks if name in takes), None)
     if "input_features" not in takes or mask is None or bins is None:
         raise ImpossibleError("sound in a form that is not known")
-    longest = _setting(config, ("max_source_positions",))
-    frames = min(_FRAMES, longest or _FRAMES)
-    shape = (1, bins, frames) if masks[mask] else (1, frames, bins)
+    shape = (1, bins, _FRAMES) if masks[mask] else (1, _FRAMES, bins)
     sound = torch.randn(*shape, generator=generator).to(model.dtype)
-    fixed = {mask: torch.ones(1, frames, dtype=torch.int64 if masks[mask] else torch.bool)}
-    return Media("audio", "get_audio_features", token, {"input_features": sound}, fixed, f"{frames} frames of sound")
+    fixed = {mask: torch.ones(1, _FRAMES, dtype=torch.int64 if masks[mask] else torch.bool)}
+    return Media(
+        "audio", "get_audio_features", token, {"input_features": sound}, fixed, f"{_FRAMES} frames of sound"
+    )
 
 
 def _default_size(config: Any, multiple: int) -> tuple[int, int]:

@@ -41,7 +41,9 @@ class EmbeddingInterface(Interface):
 
     def draw(self, sizes: Mapping[str, int], kind: Kind = "random", seed: int = 0) -> dict[str, Tensor]:
         drawn, generator = super().draw(sizes, kind, seed), torch.Generator().manual_seed(seed)
-        text = torch.tensor(self.ordinary)[torch.randint(len(self.ordinary), drawn["input_ids"].shape, generator=generator)]
+        text = torch.tensor(self.ordinary)[
+            torch.randint(len(self.ordinary), drawn["input_ids"].shape, generator=generator)
+        ]
         ids = text.flatten() if kind != "one" else torch.full_like(text, self.ordinary[0]).flatten()
         places = torch.randperm(len(ids), generator=generator)
         if sum(sizes[f"{name}_tokens"] for name in self.tokens) > len(ids):
@@ -90,7 +92,8 @@ def encoder(source: Source, whole: Whole, kind: str, *, several: bool) -> Source
     media = next(each for each in whole.media if each.kind == kind)
     axes = {0: f"{kind}s"} if several and not media.fixed else {}
     inputs = {
-        name: Spec(torch.cat([value, value.flip(-1)]) if axes else value, axes) for name, value in media.varying.items()
+        name: Spec(torch.cat([value, value.flip(-1)]) if axes else value, axes)
+        for name, value in media.varying.items()
     }
     return _part(source, Interface(inputs))
 
@@ -110,7 +113,12 @@ def embedding(source: Source, whole: Whole) -> Source:
     if DEEPSTACK in features:
         inputs[DEEPSTACK] = Spec(features[DEEPSTACK], {1: "image_tokens"})
     tokens = {media.kind: media.token for media in whole.media}
-    asked = prompt(module.config, whole.media, {k: len(features[f"{k}_features"]) for k in tokens}, [dict.fromkeys(tokens, 1)])
+    asked = prompt(
+        module.config,
+        whole.media,
+        {k: len(features[f"{k}_features"]) for k in tokens},
+        [dict.fromkeys(tokens, 1)],
+    )
     inputs["input_ids"] = dataclasses.replace(inputs["input_ids"], example=asked.input_ids)
     return _part(source, EmbeddingInterface(inputs, tokens, ordinary))
 

@@ -34,7 +34,11 @@ class Prompt:
 
 
 def prompt(
-    config: Any, media: Sequence[Media], lengths: Mapping[str, int], texts: Sequence[Mapping[str, int]], seed: int = 0
+    config: Any,
+    media: Sequence[Media],
+    lengths: Mapping[str, int],
+    texts: Sequence[Mapping[str, int]],
+    seed: int = 0,
 ) -> Prompt:
     """Sequences of text with pieces of media in it.
 

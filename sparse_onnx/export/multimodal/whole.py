@@ -26,7 +26,7 @@ from sparse_onnx.export.multimodal.media import Media, owner
 _TYPES = ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids")
 #: What the decoder adds to the states of its first layers where there are images.
 _DEEP = ("visual_pos_masks", "deepstack_visual_embeds")
-#: Features of images for them `[layers, tokens, hidden]`, and spread over the tokens `[layers, batch, sequence, hidden]`.
+#: Features of images for them `[layers, tokens, hidden]`, and those over all tokens `[layers, batch, sequence, hidden]`.
 DEEPSTACK, SPREAD = "deepstack_features", "deepstack_embeds"
 
 
@@ -74,14 +74,18 @@ class Whole:
         arguments: dict[str, Any] = {"input_ids": input_ids}
         if self.axes is not None:
             positions = torch.zeros_like(input_ids)
-            arguments["position_ids"] = positions.expand(self.axes, *positions.shape) if self.axes else positions
+            arguments["position_ids"] = (
+                positions.expand(self.axes, *positions.shape) if self.axes else positions
+            )
         with contextlib.ExitStack() as stack:
             for media in self.media:
                 given = self._like(media.kind, features)
                 place = owner(module, media.method)
                 stack.enter_context(_instead(place, media.method, lambda *_, given=given, **__: given))
                 stack.enter_context(_unchecked(place))
-                arguments |= {name: value.new_zeros(1) for name, value in media.varying.items()} | dict(media.fixed)
+                arguments |= {name: value.new_zeros(1) for name, value in media.varying.items()} | dict(
+                    media.fixed
+                )
             if self.projects:
                 stack.enter_context(_instead(module.multi_modal_projector, "forward", lambda states: states))
             called = stack.enter_context(_watched(module, instead=self.decoded))
@@ -101,8 +105,12 @@ class Whole:
             output["last_hidden_state"] = value[None]
             return output
         before = _of(output)
-        shaped = (value,) if isinstance(before, (list, tuple)) else value if before.dim() == 2 else value[None]
-        output["pooler_output" if getattr(output, "pooler_output", None) is not None else "last_hidden_state"] = shaped
+        shaped = (
+            (value,) if isinstance(before, (list, tuple)) else value if before.dim() == 2 else value[None]
+        )
+        output[
+            "pooler_output" if getattr(output, "pooler_output", None) is not None else "last_hidden_state"
+        ] = shaped
         if getattr(output, "attention_mask", None) is not None:
             output["attention_mask"] = torch.ones_like(shaped[..., 0], dtype=torch.bool)
         if self.deep:
@@ -117,8 +125,13 @@ class Whole:
         with contextlib.ExitStack() as stack:
             if self.deep:
                 # Zero where there is text: added to every token instead of to those that a mask picks.
-                extras["visual_pos_masks"], extras["deepstack_visual_embeds"] = None, others.pop(SPREAD).unbind()
-                stack.enter_context(_instead(decoder, "_deepstack_process", lambda states, _, layer: states + layer))
+                extras["visual_pos_masks"], extras["deepstack_visual_embeds"] = (
+                    None,
+                    others.pop(SPREAD).unbind(),
+                )
+                stack.enter_context(
+                    _instead(decoder, "_deepstack_process", lambda states, _, layer: states + layer)
+                )
             others |= {name: extras.pop(name) for name in list(extras) if name in takes}
             stack.enter_context(_added(decoder, extras))
             stack.enter_context(_without_ids(module, {"inputs_embeds": inputs_embeds}))
@@ -155,7 +168,9 @@ def _watched(module: Any, instead: Any = None) -> Iterator[dict[str, Any]]:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         bound = names.bind_partial(*args, **kwargs).arguments
-        seen.update({name: value for name, value in bound.items() if name != "kwargs"}, **bound.get("kwargs", {}))
+        seen.update(
+            {name: value for name, value in bound.items() if name != "kwargs"}, **bound.get("kwargs", {})
+        )
         if instead is not None:
             answer = copy.copy(instead)
             answer["last_hidden_state"] = seen["inputs_embeds"]
@@ -180,22 +195,26 @@ def _unchecked(part: Any) -> Iterator[None]:
 
 
 class _Uncounted(TorchFunctionMode):
-    """Gives all elements for those that a mask picks: the forwards of transformers count them in that check, and nothing
-    else there picks elements."""
+    """Gives all elements for those that a mask picks: transformers' forwards count them in that check, and nothing else
+    there picks elements."""
 
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
-            if args[1].dim() == args[0].dim() == 3:
-                return args[0].flatten()
+        if (
+            func is Tensor.__getitem__
+            and isinstance(args[1], Tensor)
+            and args[1].dtype == torch.bool
+            and args[1].dim() == 3
+        ):
+            return args[0].flatten()
         return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
 def _without_ids(module: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Has a decoder that looks embeddings up in its table, to find ids that it was not given, take the first id for all:
-    what it makes of ids is given to it."""
+    """Has a decoder that looks embeddings up in its table, to find ids that it was not given, take the first id for
+    all: what it makes of ids is given to it."""
     decoder = module.get_decoder()
     with contextlib.ExitStack() as stack:
         if arguments.get("input_ids") is None:
@@ -204,7 +223,9 @@ def _without_ids(module: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
                 stack.enter_context(_instead(decoder, "reverse_embedding", lambda embeddings: ids))
             if hasattr(decoder, "get_per_layer_inputs"):
                 own = decoder.get_per_layer_inputs
-                stack.enter_context(_instead(decoder, "get_per_layer_inputs", lambda _, embeddings: own(ids, embeddings)))
+                stack.enter_context(
+                    _instead(decoder, "get_per_layer_inputs", lambda _, embeddings: own(ids, embeddings))
+                )
         yield
 
 
