@@ -84,18 +84,18 @@ def _named_results() -> Iterator[None]:
 @contextlib.contextmanager
 def _scattered_rows() -> Iterator[None]:
     """masked_scatter by rows where the mask is alike along the last axis. transformers' own patch of it gathers the
-    source's elements one by one, and fails where there are none, as without any image."""
+    source's elements one by one, and fails where there are none: a token without an image keeps its embedding."""
     kept = Tensor.masked_scatter
 
     def scattered(self: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-        whole = mask.dim() == self.dim() and (mask.shape[-1] == 1 or mask.stride(-1) == 0)
-        flags = mask[..., :1] if whole else mask.expand_as(self)
-        width = self.shape[-1] if whole else 1
+        alike = mask.dim() == self.dim() and (mask.shape[-1] == 1 or mask.stride(-1) == 0)
+        flags = mask[..., :1] if alike else mask.expand_as(self)
+        width = self.shape[-1] if alike else 1
         rows = source.reshape(-1, width)
-        rows = torch.cat([rows, rows.new_zeros(1, width)])  # so that there is one
         count = flags.reshape(-1).to(torch.int64).cumsum(0)
-        taken = rows[(count - 1).clamp(min=0)].reshape(self.shape)
-        return torch.where(flags, taken, self)
+        padded = torch.cat([rows, rows.new_zeros(1, width)])  # so that there is one
+        taken = padded[(count - 1).clamp(min=0, max=rows.shape[0])].reshape(self.shape)
+        return torch.where(flags & (count <= rows.shape[0]).reshape(flags.shape), taken, self)
 
     Tensor.masked_scatter = scattered  # type: ignore[method-assign]
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def run(
     made["text"] = _export(
         _text(source, whole), _logits(whole), "text", folder, opset, say, given, whole if past else None
     )
-    record = _chain(source, whole, {part: folder / part / FILES[part] for part in made}, past, say)
+    record = _chain(source, whole, folder, made, past, say)
     if record is not None:
         pipeline.must_agree(record, source)
     say(f"saving into {out.name}")
@@ -135,12 +135,18 @@ def _text(source: Source, whole: Whole) -> Source:
 
 
 def _chain(
-    source: Source, whole: Whole, paths: dict[str, Path], past: bool, say: Callable[[str], None]
+    source: Source, whole: Whole, folder: Path, made: Collection[str], past: bool, say: Callable[[str], None]
 ) -> VerifyRecord | None:
-    """None where an encoder is missing, so that there is no chain."""
-    if not all(each.kind in paths for each in whole.media):
+    """None where an encoder is missing, so that there is no chain. Half precision is compared by the float32 twins that
+    the parts were compared by."""
+    if not all(each.kind in made for each in whole.media):
         return None
-    found, tolerance = experts.find(source.module), TOLERANCES["float32"]
+    half = pipeline.half_type(source)
+    paths = {part: folder / part / FILES[part] for part in made}
+    if half:
+        source, whole = source.widened(), whole.widened()
+        paths = {part: folder / f"{part}.scratch" / f"float32.{FILES[part]}" for part in made}
+    found, tolerance = experts.find(source.module), TOLERANCES[half] / 10 if half else TOLERANCES["float32"]
     runs = chain.planned(source, whole)
     record = chain.compare(source, whole, paths, found, runs, tolerance=tolerance, progress=say)
     if past and record.passed:

@@ -46,7 +46,7 @@ def check(
     name = f"2 sequences with {' and '.join(each.kind for each in whole.media)}, {_TOKENS} greedy tokens"
     progress(f"generating: {name}")
     with users_code(source.name):
-        tokens, logits = _by_transformers(module, inputs)
+        tokens, logits = _by_transformers(module, inputs, [media.token for media in whole.media])
     total, failure = Difference.none(), None
     for step, actual in enumerate(_by_onnxruntime(whole, chain.Chain(paths), inputs, tokens)):
         worst = difference(logits[:, step], actual, tolerance)
@@ -68,11 +68,15 @@ def check(
     )
 
 
-def _by_transformers(module: Any, inputs: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens `[batch, count]` and their logits `[batch, count, vocabulary]`."""
+def _by_transformers(
+    module: Any, inputs: Mapping[str, Tensor], never: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens `[batch, count]`, none of those that stand for media, and all logits `[batch, count, vocabulary]`."""
     own = {name: value for name, value in inputs.items() if name != "position_ids"}
     with torch.no_grad(), nothing_but_greedy(module, _TOKENS):
-        result = module.generate(**own, return_dict_in_generate=True, output_logits=True)
+        result = module.generate(
+            **own, return_dict_in_generate=True, output_logits=True, suppress_tokens=never
+        )
     logits = torch.stack(list(result.logits), dim=1).float().numpy()
     return result.sequences[:, own["input_ids"].shape[1] :].numpy(), logits
 

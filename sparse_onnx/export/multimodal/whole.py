@@ -26,7 +26,8 @@ from sparse_onnx.export.multimodal.media import Media, owner
 _TYPES = ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids")
 #: What the decoder adds to the states of its first layers where there are images.
 _DEEP = ("visual_pos_masks", "deepstack_visual_embeds")
-#: Features of images for them `[layers, tokens, hidden]`, and those over all tokens `[layers, batch, sequence, hidden]`.
+#: Features of images for them `[layers, tokens, hidden]`, and the same over all tokens `[layers, batch, sequence,
+#: hidden]`.
 DEEPSTACK, SPREAD = "deepstack_features", "deepstack_embeds"
 
 
@@ -48,6 +49,14 @@ class Whole:
     types: tuple[str, ...] = ()
     extras: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     deep: int = 0
+
+    def widened(self) -> Whole:
+        """The same for the model in float32."""
+        media = [
+            dataclasses.replace(each, varying={name: value.float() for name, value in each.varying.items()})
+            for each in self.media
+        ]
+        return dataclasses.replace(self, media=tuple(media))
 
     def encode(self, module: nn.Module, kind: str, **varying: Tensor) -> dict[str, Tensor]:
         """`{kind}_features [tokens, hidden]`, and of images maybe `deepstack_features [layers, tokens, hidden]`."""
