@@ -89,7 +89,7 @@ def test_the_files_answer_as_the_model_does_to_an_image(exported: tuple[Path, Re
     axes = [np.concatenate([text, place, after]) for place in (np.full(6, 2), rows, columns)]
     features = _run(out / "vision.onnx", {"pixel_values": pixels})
     embedded = _run(out / "embedding.onnx", {"input_ids": ids, **features})
-    empty = np.zeros((1, 2, 0, 16), np.float32)
+    empty = np.zeros((1, 4, 0, 16), np.float32)
     past = {f"past_key_values.{layer}.{kind}": empty for layer in range(2) for kind in ("key", "value")}
     mask, places = np.ones_like(ids), np.stack(axes)[:, None]
     actual = _run(out / "text.onnx", {**embedded, "attention_mask": mask, "position_ids": places, **past})
@@ -98,7 +98,7 @@ def test_the_files_answer_as_the_model_does_to_an_image(exported: tuple[Path, Re
 
 def test_the_chain_notices_another_encoder(exported: tuple[Path, Report], model: Any, tmp_path: Path) -> None:
     out, _ = exported
-    changed = ir.load(out / "vision.onnx")
+    changed = ir.external_data.load_to_model(ir.load(out / "vision.onnx"))
     weight = max(changed.graph.initializers.values(), key=lambda value: value.const_value.size)
     weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1.1), name=weight.name)
     ir.save(changed, tmp_path / "vision.onnx")
