@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from sparse_onnx.bench.coverage import multimodal  # noqa: E402
+from sparse_onnx.bench.coverage import multimodal
 
 #: Why no file is written.
 REFUSED = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.multimodal.media import Media, owner
 from sparse_onnx.export.multimodal.prompts import Prompt, prompt
-from sparse_onnx.export.multimodal.whole import _DEEP, _TYPES, Whole, called
+from sparse_onnx.export.multimodal.whole import _DEEP, _TYPES, Whole, called, emptied
 
 _HINT = "leave out --multimodal: its text alone"
 #: Largest difference of the pieces in torch from the whole, relative to the largest logit.
@@ -46,9 +45,7 @@ def _cut(module: Any, media: tuple[Media, ...]) -> Whole:
         for each in media
     }
     failures = []
-    for projects in (False, True):
-        if projects and not hasattr(module, "multi_modal_projector"):
-            continue
+    for projects in (True, False) if hasattr(module, "multi_modal_projector") else (False,):
         whole = Whole(media, outputs, projects)
         try:
             return _completed(module, whole)
@@ -58,17 +55,20 @@ def _cut(module: Any, media: tuple[Media, ...]) -> Whole:
 
 
 def _completed(module: Any, whole: Whole) -> Whole:
+    # Others than those whose outputs embed is made from.
+    others = {m.kind: {name: value.flip(-1) for name, value in m.varying.items()} for m in whole.media}
     features: dict[str, Tensor] = {}
     for media in whole.media:
-        features |= whole.encode(module, media.kind, **media.varying)
+        features |= whole.encode(module, media.kind, **others[media.kind])
     lengths = {media.kind: len(features[f"{media.kind}_features"]) for media in whole.media}
     texts = [{media.kind: 1 for media in whole.media}]
     asked = prompt(module.config, whole.media, lengths, texts)
     token_types = types(module, whole.media, asked)
-    seen, output = called(module, **arguments(whole, asked), **token_types)
+    varying = {name: [value] for named in others.values() for name, value in named.items()}
+    seen, output = called(module, **arguments(whole, asked, varying), **token_types)
     if seen.get("inputs_embeds") is None:
         raise ImpossibleError("its decoder does not take embeddings, into which images could go", _HINT)
-    whole = dataclasses.replace(whole, axes=_axes(module, seen), decoded=_emptied(seen.pop("answer")))
+    whole = dataclasses.replace(whole, axes=_axes(module, seen), decoded=emptied(seen.pop("answer")))
     common = {"inputs_embeds": seen["inputs_embeds"], "attention_mask": asked.attention_mask}
     if whole.axes is not None:
         common["position_ids"] = seen["position_ids"] if whole.axes else asked.positions
@@ -105,14 +105,6 @@ def arguments(
                 found[name] = torch.cat(list(varying[name]) if varying else [value] * pieces)
             found |= media.repeated(pieces)
     return found
-
-
-def _emptied(output: Any) -> Any:
-    """The decoder's output without its tensors."""
-    empty = copy.copy(output)
-    for name in list(empty.keys()):
-        empty[name] = None
-    return empty
 
 
 def _axes(module: Any, seen: Mapping[str, Any]) -> int | None:

@@ -109,18 +109,18 @@ class Whole:
 
     def _like(self, kind: str, features: Mapping[str, Tensor]) -> Any:
         """An encoder's output with these features."""
-        output, value = copy.copy(self.outputs[kind]), features[f"{kind}_features"]
+        output, value = emptied(self.outputs[kind]), features[f"{kind}_features"]
         if kind == "image" and self.projects:
             output["last_hidden_state"] = value[None]
             return output
-        before = _of(output)
+        before = _of(self.outputs[kind])
         shaped = (
             (value,) if isinstance(before, (list, tuple)) else value if before.dim() == 2 else value[None]
         )
-        output[
-            "pooler_output" if getattr(output, "pooler_output", None) is not None else "last_hidden_state"
-        ] = shaped
-        if getattr(output, "attention_mask", None) is not None:
+        first = self.outputs[kind]
+        pooled = getattr(first, "pooler_output", None) is not None
+        output["pooler_output" if pooled else "last_hidden_state"] = shaped
+        if getattr(first, "attention_mask", None) is not None:
             output["attention_mask"] = torch.ones_like(shaped[..., 0], dtype=torch.bool)
         if self.deep:
             output[DEEPSTACK] = [(layer,) for layer in features[DEEPSTACK].unbind()]
@@ -147,6 +147,14 @@ class Whole:
             return type(module).forward(
                 module, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **others
             )
+
+
+def emptied(output: Any) -> Any:
+    """The same kind of output without its tensors."""
+    empty = copy.copy(output)
+    for name in list(empty.keys()):
+        empty[name] = None
+    return empty
 
 
 def _of(output: Any) -> Any:
