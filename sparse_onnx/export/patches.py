@@ -97,7 +97,7 @@ def _scattered_rows() -> Iterator[None]:
         taken = padded[(count - 1).clamp(min=0, max=rows.shape[0])].reshape(self.shape)
         return torch.where(flags & (count <= rows.shape[0]).reshape(flags.shape), taken, self)
 
-    Tensor.masked_scatter = scattered  # type: ignore[method-assign]
+    Tensor.masked_scatter = scattered  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -114,7 +114,7 @@ class Whole:
             output["last_hidden_state"] = value[None]
             return output
         before = _of(self.outputs[kind])
-        shaped = (
+        shaped: Any = (
             (value,) if isinstance(before, (list, tuple)) else value if before.dim() == 2 else value[None]
         )
         first = self.outputs[kind]
