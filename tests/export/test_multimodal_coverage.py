@@ -13,7 +13,7 @@ REFUSED = {
     "diffusion_gemma": "does not take embeddings",
 }
 #: Those whose decoder has no cache that the runtimes take.
-WITHOUT_PAST = {"unlimited_ocr", "qwen4_exp"}
+WITHOUT_PAST = {"unlimited_ocr", "qwen4_exp", "glm5_next"}
 EACH = {each.name: each for each in multimodal.architectures()}
 
 
