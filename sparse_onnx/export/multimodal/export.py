@@ -170,8 +170,12 @@ def _report(
         f"{FILES[each.kind]} takes {each.described} at a time" for each in whole.media if each.kind in made
     ]
     notes += left_out
-    for report in made.values():
-        notes += [note for note in dict.fromkeys(report.notes) if note not in notes]
+    for part, report in made.items():
+        # Every part looks at all experts of the model; the decoder's file is what it is about.
+        about = [
+            each for each in dict.fromkeys(report.notes) if part == "text" or "not as a block" not in each
+        ]
+        notes += [note for note in about if note not in notes]
     text = io.load(out / FILES["text"])
     return Report(
         "export",
