@@ -25,6 +25,17 @@ from sparse_onnx.cli.output import Output
     is_flag=True,
     help="With the key/value cache among inputs and outputs, for models that generate text.",
 )
+@click.option(
+    "--multimodal",
+    is_flag=True,
+    help="The encoders, the embeddings and the decoder of a model that takes images or sound, into the folder OUT.",
+)
+@click.option(
+    "--image-size",
+    type=options.Pixels(),
+    metavar="HEIGHTxWIDTH",
+    help="Pixels of the images that --multimodal is for; default: the configuration's, or 32 patches each way.",
+)
 @click.option("--opset", type=int, help="Operator set version of the result.")
 @click.option(
     "--trust-remote-code", is_flag=True, help="Run the Python code that comes with a Hugging Face model."
@@ -56,6 +67,8 @@ def command(
     random_weights: bool,
     dtype: str | None,
     past: bool,
+    multimodal: bool,
+    image_size: tuple[int, int] | None,
     opset: int | None,
     trust_remote_code: bool,
     allow_pickle: bool,
@@ -85,6 +98,8 @@ def command(
             random_weights=random_weights,
             dtype=dtype,
             past=past,
+            multimodal=multimodal,
+            image_size=image_size,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             adapters=adapters,

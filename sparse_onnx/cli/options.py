@@ -59,6 +59,22 @@ class TokenCounts(click.ParamType):
         return counts
 
 
+class Pixels(click.ParamType):
+    """`336x448` -> (336, 448)."""
+
+    name = "pixels"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        height, _, width = str(value).lower().partition("x")
+        if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+            self.fail(f"'{value}' is no height and width such as 336x448", param, ctx)
+        return int(height), int(width)
+
+
 def tokens(default: str, text: str) -> Callable[[Command], Command]:
     return click.option(
         "--tokens", type=TokenCounts(), default=default, show_default=True, metavar="N,N", help=text

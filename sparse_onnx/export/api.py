@@ -27,6 +27,8 @@ def export(
     dtype: str | None = None,
     opset: int = 20,
     past: bool = False,
+    multimodal: bool = False,
+    image_size: tuple[int, int] | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     adapters: Sequence[str | os.PathLike[str] | Callable[[nn.Module], nn.Module | None]] = (),
@@ -47,12 +49,16 @@ def export(
             function or class that gives ``(module, inputs)`` or ``(module, inputs, dynamic_axes)``; THIS RUNS
             THAT CODE - or such a tuple itself. Inputs are a tensor, a tuple or a dict by name; dynamic axes
             are ``{input: {axis: name}}``.
-        out: path of the ONNX file; its weights go into a data file beside it.
+        out: path of the ONNX file; its weights go into a data file beside it. The folder, with `multimodal`.
         random_weights: build a Hugging Face model from its configuration alone.
         dtype: ``float32``, ``float16`` or ``bfloat16``; None keeps the source's own.
         opset: version of the ONNX operators, 18 to 25.
         past: with the key/value cache among inputs and outputs, for models of transformers that generate text; of an
             encoder-decoder `out` is the decoder, and the encoder's file lies beside it. See `docs/generation.md`.
+        multimodal: write a model that takes images or sound as several files, its encoders, its embeddings and its
+            decoder, into the folder `out`; see `docs/multimodal.md`.
+        image_size: height and width in pixels of the images that such an encoder is for; None takes the
+            configuration's own, or 32 patches each way.
         trust_remote_code: run Python code that comes with a Hugging Face model.
         allow_pickle: load weights from pickles, which can run code.
         adapters: teach it unknown mixture-of-experts modules: functions that get a module and give another one
@@ -75,10 +81,11 @@ def export(
         VerificationError: ORT's answers differ from torch's, or an adapter's from its module's. Nothing was written.
     """
     out = Path(out)
-    if not out.parent.is_dir() or out.is_dir():
-        raise UsageError(
-            "the output's folder does not exist" if not out.is_dir() else "this is a folder", where=str(out)
-        )
+    _check_out(out, multimodal)
+    if image_size is not None and not multimodal:
+        raise UsageError("an image's size is for --multimodal only", "add --multimodal")
+    if multimodal and (stream or weights == "link"):
+        raise UsageError("a multimodal model is loaded whole", "leave --stream and --weights link out")
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"unknown dtype '{dtype}'", f"one of {', '.join(_DTYPES)}")
     if opset < _OLDEST_OPSET:
@@ -110,7 +117,7 @@ def export(
                 random_weights=random_weights,
                 trust_remote_code=trust_remote_code,
                 allow_pickle=allow_pickle,
-                stream=True if weights == "link" else stream,
+                stream=True if weights == "link" else False if multimodal else stream,
                 **types,
             )
         if (stream or weights == "link") and not is_stored(loaded.module):
@@ -119,7 +126,9 @@ def export(
                 f"leave out {'--weights link' if weights == 'link' else '--stream'}",
                 where=loaded.name,
             )
-        if past:
+        if multimodal and not loaded.is_transformers:
+            raise UsageError("--multimodal takes models of Hugging Face", "leave it out", where=loaded.name)
+        if past and not multimodal:
             from sparse_onnx.export.past import with_past
 
             loaded = with_past(loaded)
@@ -132,6 +141,19 @@ def export(
                 f"the output's folder cannot be written to: {reason}", where=str(out.parent)
             ) from error
         with scratch as folder:
+            if multimodal:
+                from sparse_onnx.export.multimodal import export as parts
+
+                return parts.run(
+                    loaded,
+                    out,
+                    Path(folder),
+                    opset=opset,
+                    image_size=image_size,
+                    past=past,
+                    say=say,
+                    given=given_adapters,
+                )
             return pipeline.run(
                 loaded,
                 out,
@@ -141,6 +163,16 @@ def export(
                 given=given_adapters,
                 link=weights == "link",
             )
+
+
+def _check_out(out: Path, folder: bool) -> None:
+    """Raises UsageError where nothing can be written there."""
+    if not out.parent.is_dir():
+        raise UsageError("the output's folder does not exist", where=str(out))
+    if folder and out.exists() and not out.is_dir():
+        raise UsageError("this is a file, and the parts of a model need a folder", where=str(out))
+    if not folder and out.is_dir():
+        raise UsageError("this is a folder", where=str(out))
 
 
 def _require_torch() -> None:

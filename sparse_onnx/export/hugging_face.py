@@ -94,6 +94,7 @@ def load(
     model, part = _callable(model.eval())
     notes += part
     _only_logits(model)
+    _answer_completely(model)
     interface, left_out = interfaces.of_model(source, model)
     return model, interface, (*notes, *left_out)
 
@@ -104,6 +105,18 @@ def _complete_configuration(config: Any) -> None:
     attention: Any = getattr(config, "attn_config", None)
     if getattr(config, "model_type", "") == "dbrx" and not hasattr(attention, "rope_theta"):
         attention.rope_theta = (config.rope_parameters or {}).get("rope_theta")
+
+
+def _answer_completely(model: nn.Module) -> None:
+    """Llama 4's forward in transformers 5.24 reads images off its language model's output, which has none."""
+    if type(model).__name__ == "Llama4ForConditionalGeneration":
+        language: Any = model.language_model
+        language.register_forward_hook(_without_images)
+
+
+def _without_images(module: nn.Module, args: Any, output: Any) -> None:
+    if not hasattr(output, "image_outputs"):
+        output.image_outputs = None
 
 
 def _callable(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:

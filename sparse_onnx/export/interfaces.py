@@ -3,7 +3,7 @@
 By the main input that the model's class names, the configuration, and the arguments of its forward:
 
 - text: ids and a mask `[batch, sequence]`; of an encoder-decoder, and of a model that refines a second text, the
-  same again as `decoder_...`. A multimodal model is exported for text alone;
+  same again as `decoder_...`. A multimodal model is exported for text alone here, and whole by `multimodal`;
 - images: pixels `[batch, channels, height, width]`, and the dataset that each comes from where experts are chosen
   by it;
 - sound: features `[batch, bins, frames]`.
@@ -82,7 +82,7 @@ def _about_modalities(model: Any) -> tuple[str, ...]:
     if not left_out:
         return ()
     kinds = " and ".join(name.removesuffix("_config") for name in left_out)
-    return (f"the model takes {kinds} inputs too; exported for text alone",)
+    return (f"the model takes {kinds} inputs too; exported for text alone: --multimodal exports all of it",)
 
 
 def _arguments(model: Any) -> set[str]:

@@ -97,7 +97,7 @@ def run(
     must_agree(record, source)
     say(f"saving {out.name}")
     io.save(io.load(path), out, weights="copy")
-    if isinstance(source, past.PastSource):
+    if isinstance(source, past.PastSource) and source.generates:
         notes.append(past.write_config(source, out))
     model = io.load(out)
     if not found:
@@ -121,7 +121,7 @@ def _compare(
     record = check.compare(
         path, source, found, plan, tolerance=tolerance, program=program, alongside=alongside, progress=say
     )
-    if isinstance(source, past.PastSource):
+    if isinstance(source, past.PastSource) and source.generates:
         record = past.check_generation(record, path, source, found, tolerance=tolerance, progress=say)
     return record
 

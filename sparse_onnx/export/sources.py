@@ -53,7 +53,9 @@ class Source:
             if stored.is_stored(self.module)
             else copy.deepcopy(self.module).float()
         )
-        return dataclasses.replace(self, module=module, interface=Interface(inputs))
+        return dataclasses.replace(
+            self, module=module, interface=dataclasses.replace(self.interface, inputs=inputs)
+        )
 
 
 def leaves(outputs: Any) -> list[Tensor]:

@@ -32,6 +32,8 @@ def test_nothing_is_trusted_unless_asked(received: dict[str, Any]) -> None:
         "random_weights": False,
         "dtype": None,
         "past": False,
+        "multimodal": False,
+        "image_size": None,
         "trust_remote_code": False,
         "allow_pickle": False,
         "stream": None,
@@ -52,6 +54,13 @@ def test_every_option(received: dict[str, Any]) -> None:
     assert (
         received["trust_remote_code"] is received["allow_pickle"] is True and received["progress"] is not None
     )
+
+
+def test_a_multimodal_model_and_the_size_of_its_images(received: dict[str, Any]) -> None:
+    arguments = ["export", "org/name", "folder", "--multimodal", "--image-size", "336x448"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert (received["multimodal"], received["image_size"]) == (True, (336, 448))
+    assert CliRunner().invoke(main, [*arguments[:-1], "336"]).exit_code == 2
 
 
 def test_a_source_that_is_not_there_exits_without_a_file(tmp_path: Path) -> None:

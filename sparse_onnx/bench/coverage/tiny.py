@@ -105,10 +105,10 @@ def tiny(model_type: str) -> Any:
     """transformers' configuration object."""
     from transformers import AutoConfig
 
-    return _shrunk(AutoConfig.for_model(model_type), _exceptions())
+    return shrunk(AutoConfig.for_model(model_type), exceptions())
 
 
-def _shrunk(full: Any, exceptions: Mapping[str, Mapping[str, Any]]) -> Any:
+def shrunk(full: Any, exceptions: Mapping[str, Mapping[str, Any]]) -> Any:
     special = dict(exceptions.get(full.model_type or type(full).__name__, {}))
     special.pop("why", None)
     full.allow_global_per_layer_attribute_access = True
@@ -117,7 +117,7 @@ def _shrunk(full: Any, exceptions: Mapping[str, Mapping[str, Any]]) -> Any:
     for name in names:
         value = getattr(full, name, None)
         if hasattr(value, "model_type"):
-            values[name] = _shrunk(value, exceptions)
+            values[name] = shrunk(value, exceptions)
         elif (small := _smaller(name, value)) is not None:
             values[name] = small
     values |= _special_tokens(full, names)
@@ -230,6 +230,6 @@ def _rope(full: Any, values: dict[str, Any], special: Mapping[str, Any]) -> dict
     return {"rope_parameters": {**parameters, "mrope_section": [rest] + [max(1, half // 4)] * (sections - 1)}}
 
 
-def _exceptions() -> dict[str, dict[str, Any]]:
+def exceptions() -> dict[str, dict[str, Any]]:
     with open(Path(__file__).with_name("exceptions.toml"), "rb") as file:
         return tomllib.load(file)

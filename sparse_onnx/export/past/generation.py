@@ -176,7 +176,7 @@ def _by_transformers(
     """Tokens `[batch, count]` and their logits `[batch, count, vocabulary]`."""
     module: Any = source.module
     given = {source.decoder.cache: source.decoder.empty()} if source.decoder.gives_cache else {}
-    with torch.no_grad(), _nothing_but_greedy(module, count):
+    with torch.no_grad(), nothing_but_greedy(module, count):
         result = module.generate(
             input_ids=torch.from_numpy(ids),
             attention_mask=torch.from_numpy(mask),
@@ -189,7 +189,7 @@ def _by_transformers(
 
 
 @contextlib.contextmanager
-def _nothing_but_greedy(module: Any, count: int) -> Iterator[None]:
+def nothing_but_greedy(module: Any, count: int) -> Iterator[None]:
     """The model's own settings of `generate` out of the way: penalties, sampling, the token that ends it."""
     from transformers import GenerationConfig
 

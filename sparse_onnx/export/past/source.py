@@ -98,7 +98,8 @@ class PastInterface(Interface):
             drawn["position_ids"] = positions[:, -new:].contiguous()
         if not past:
             for name, spec in self.inputs.items():
-                if isinstance(spec, _PromptLength) or (spec.dtype.is_floating_point and len(spec.axes) == 1):
+                state = name.startswith("past") and spec.dtype.is_floating_point and len(spec.axes) == 1
+                if state or isinstance(spec, _PromptLength):
                     drawn[name] = torch.zeros_like(drawn[name])
         return drawn
 
@@ -167,6 +168,7 @@ class PastSource(Source):
     the same model without cache. `stepwise` says that transformers' own code is right only for one token after a
     past, so that it is given them one by one."""
 
+    generates: ClassVar[bool] = True  #: whether ids go in, so that the model generates by itself
     interface: PastInterface
     slots: tuple[Slot, ...] = ()
     plain: Source | None = None
@@ -178,30 +180,42 @@ class PastSource(Source):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Any:
         """Logits and new cache by the module with transformers' own cache, its sliding windows cut as they are."""
-        decoder, ids, mask = self.decoder, inputs["input_ids"], inputs["attention_mask"]
-        positions, new = inputs.get("position_ids"), ids.shape[1]
-        past = mask.shape[1] - new
-        pieces = [(at, at + 1) for at in range(new)] if self.stepwise and past else [(0, new)]
         with torch.no_grad():
-            cache, logits = decoder.own(self.slots, inputs), []
-            for start, end in pieces:
-                output = decoder(
-                    ids[:, start:end],
-                    mask[:, : past + end],
-                    None if positions is None else positions[:, start:end],
-                    cache,
-                )
-                logits.append(output.logits)
-            return torch.cat(logits, dim=1), *presents(cache, self.slots, inputs, new)
+            cache = self.decoder.own(self.slots, inputs)
+            logits = [self.answer(self.decoder, piece, cache).logits for piece in self._pieces(inputs)]
+            joined = torch.cat(logits, dim=1)
+            return joined, *presents(cache, self.slots, inputs, joined.shape[1])
 
     def flat(self, decoder: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same for a trace, by names of the outputs, with a cache that keeps every token."""
         cache = decoder.full(self.slots, inputs)
-        output = decoder(inputs["input_ids"], inputs["attention_mask"], inputs.get("position_ids"), cache)
+        output = self.answer(decoder, inputs, cache)
         now = presents(cache, self.slots, inputs)
         return {"logits": output.logits} | {
             slot.present: value for slot, value in zip(self.slots, now, strict=True)
         }
+
+    def answer(self, decoder: Any, inputs: Mapping[str, Tensor], cache: Any) -> Any:
+        """The model's output, for inputs by their ONNX names; `cache` grows."""
+        return decoder(inputs["input_ids"], inputs["attention_mask"], inputs.get("position_ids"), cache)
+
+    def _pieces(self, inputs: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
+        """What transformers' own code is given at a time."""
+        if not self.stepwise:
+            return [inputs]
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        past = mask.shape[1] - ids.shape[1]
+        if not past:
+            return [inputs]
+        cut = [name for name in ("input_ids", "position_ids") if name in inputs]
+        return [
+            {
+                **inputs,
+                "attention_mask": mask[:, : past + at + 1],
+                **{name: inputs[name][:, at : at + 1] for name in cut},
+            }
+            for at in range(ids.shape[1])
+        ]
 
     def widened(self) -> PastSource:
         assert self.plain is not None

@@ -1,0 +1,1 @@
+"""Models that take images or sound, as several files: `export(multimodal=True)`."""
