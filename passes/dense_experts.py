@@ -30,8 +30,8 @@ import onnx_ir as ir
 
 from sparse_onnx.blocks import MoEBlock, WeightLayout, is_zero
 from sparse_onnx.blocks.expert import emit_hidden
-from sparse_onnx.blocks.lowering import Lowering
 from sparse_onnx.blocks.index_type import emit_index, require_index_type
+from sparse_onnx.blocks.lowering import Lowering
 from sparse_onnx.graph.build import Emitter
 
 

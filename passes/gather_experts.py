@@ -39,8 +39,8 @@ import onnx_ir as ir
 from sparse_onnx.blocks import MoEBlock
 from sparse_onnx.blocks.chosen_weights import ChosenWeights, gather_obstacle
 from sparse_onnx.blocks.expert import emit_hidden
-from sparse_onnx.blocks.lowering import Lowering, Problem
 from sparse_onnx.blocks.index_type import emit_index, require_index_type
+from sparse_onnx.blocks.lowering import Lowering, Problem
 from sparse_onnx.blocks.routing import never_dropped
 from sparse_onnx.blocks.weighted_sum import emit_kept_weight, emit_weighted_sum
 from sparse_onnx.graph.build import Emitter

@@ -13,10 +13,11 @@ import onnx_ir as ir
 
 from sparse_onnx.blocks import Activation, ExpertSpec, GateLayout, WeightLayout, attach_functions
 from sparse_onnx.blocks.moe import NAME_KEY
+from sparse_onnx.graph.infer import infer
 
 EXPERTS, TOP_K, HIDDEN, INNER = 8, 2, 32, 24
 
-#: `logits [T, E]` to `index [T, K]` and `weight [T, K]`, named as `inspect` names routers.
+#: `logits [T, E]` to `index [T, K]` and `weight [T, K]`, in terms of `inspect`; `dropped`: slots of small weight go to nobody.
 ROUTERS = {
     "softmax_topk": "p = Softmax<axis=-1>(logits) weight, index = TopK<axis=-1>(p, k)",
     "softmax_topk_renormalised": "p = Softmax<axis=-1>(logits) w, index = TopK<axis=-1>(p, k) "
@@ -59,7 +60,9 @@ def samples() -> Iterator[Sample]:
     yield Sample("silu, gate apart", apart, usual)
     for router in ROUTERS:
         if router != usual:
-            yield Sample(router, ExpertSpec(Activation.SILU, GateLayout.CONCATENATED, WeightLayout.OUT_IN), router)
+            yield Sample(
+                router, ExpertSpec(Activation.SILU, GateLayout.CONCATENATED, WeightLayout.OUT_IN), router
+            )
 
 
 def build(sample: Sample, tokens: int | str = "T", seed: int = 0) -> ir.Model:
@@ -85,7 +88,9 @@ def build(sample: Sample, tokens: int | str = "T", seed: int = 0) -> ir.Model:
     router = 3 * rng.standard_normal((HIDDEN, EXPERTS)) / np.sqrt(HIDDEN)
     arrays = weights | {"router": router.astype(np.float32), "k": np.asarray([top_k], np.int64)}
     arrays["bias"] = rng.uniform(-0.2, 0.2, EXPERTS).astype(np.float32)
-    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
+    proto.graph.initializer.extend(
+        onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()
+    )
     model = ir.from_proto(proto)
     for at, node in enumerate(model.graph):
         node.name = f"router/{node.op_type}_{at}"
@@ -95,6 +100,7 @@ def build(sample: Sample, tokens: int | str = "T", seed: int = 0) -> ir.Model:
     used = {value.name for node in model.graph for value in node.inputs if value is not None}
     for name in set(model.graph.initializers) - used:
         del model.graph.initializers[name]
+    infer(model)
     return model
 
 

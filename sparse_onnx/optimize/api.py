@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,30 +16,26 @@ import onnx_ir as ir
 from sparse_onnx import targets
 from sparse_onnx.blocks import neutral_blocks
 from sparse_onnx.blocks.lowering import Form, want
-from sparse_onnx.core.collector import paused
-from sparse_onnx.core.errors import ImpossibleError, UsageError, VerificationError
-from sparse_onnx.core.passes import Outcome
-from sparse_onnx.core.report import PlacementRecord, Report, TuningRecord, VerifyRecord
+from sparse_onnx.core.errors import UsageError, VerificationError
+from sparse_onnx.core.report import Report, StaticRecord, TuningRecord, VerifyRecord
 from sparse_onnx.graph import files, genai, io, stats
-from sparse_onnx.graph.annotate import annotate
 from sparse_onnx.graph.save import place
 from sparse_onnx.graph.valid import invalid
 from sparse_onnx.inspect.blocks import block_records
-from sparse_onnx.optimize import runner, tuning_file
+from sparse_onnx.optimize import fitting, runner, tuning_file
+from sparse_onnx.optimize import static as fixed
 from sparse_onnx.optimize.candidates import kinds
+from sparse_onnx.optimize.checks import OUR_FAULT, Checks, Verify, require_dtypes
 from sparse_onnx.optimize.choose import choose, parse_form
+from sparse_onnx.optimize.placing import place_model, require_no_fallback
 from sparse_onnx.optimize.prepacked import save_prepacked
 from sparse_onnx.optimize.resident import note, residency
 from sparse_onnx.optimize.tuning_file import TuningFile
 from sparse_onnx.passes import Phase
 from sparse_onnx.passes.fuse_moe_op import REQUIRES_KEY
-from sparse_onnx.passes.repair_scatter_add import RepairScatterAdd
 from sparse_onnx.targets import machine
-from sparse_onnx.verify.lowering import verify_lowering
-
-Verify = Literal["each", "final", "none"]
-
-_OUR_FAULT = "nothing was written; please report it, this is a fault of sparse-onnx"
+from sparse_onnx.targets.places import CPU
+from sparse_onnx.verify.inputs import sized_inputs
 
 
 def optimize(
@@ -55,6 +54,8 @@ def optimize(
     tokens: Sequence[int] = (1, 64),
     threads: int | None = None,
     tuning: str | os.PathLike[str] | None = None,
+    static: Sequence[Mapping[str, int]] = (),
+    no_fallback: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Rewrites a model so that the target neither computes nor reads what is not active.
@@ -75,13 +76,16 @@ def optimize(
         tokens: token counts that tuning measures at, all equally important.
         threads: of the sessions that tuning measures; None takes all processors.
         tuning: a file of measurements: with `tune` they are kept there, without it they decide.
+        static: sizes by axis, ``{"batch": 1, "sequence": 1}``, each for a graph without open sizes: the first is `out`,
+            others go beside it and share its weights.
+        no_fallback: nodes that the target's provider does not run are an error.
         progress: called with a line at each step.
 
     Raises:
         UsageError: unknown target, form, pass or option.
         ModelError: the model is unreadable, unsafe or broken.
         VerificationError: the result differs; nothing was written.
-        ImpossibleError: the target cannot run the result.
+        ImpossibleError: the target cannot run the result, or not all of it where `no_fallback` asks for that.
     """
     if out is None and not dry_run:
         raise UsageError("no OUT given", "name the file to write, or ask for a dry run")
@@ -91,10 +95,14 @@ def optimize(
     asked = parse_form(form, profile)
     if asked is not None and (tune or tuning is not None):
         raise UsageError(f"form '{form}' leaves nothing to tune", "leave out --form, --tune or --tuning")
+    if tune and profile.provider != CPU:
+        raise UsageError(
+            f"--tune measures on {CPU}, and target '{profile.name}' is {profile.provider}", "leave out --tune"
+        )
     settings = {name: dict(chosen) for name, chosen in (passes or {}).items()}
     if quantize is not None:
         settings.setdefault("quantize_experts", {})["bits"] = quantize.removeprefix("int")
-    planned = runner.plan(profile.forms, settings, skip)
+    planned = runner.plan(profile.form_names, settings, skip)
     measured = TuningFile(tuning) if tuning is not None else None
     if measured is not None and not tune and not measured.entries:
         raise UsageError(
@@ -103,14 +111,23 @@ def optimize(
     model = io.load(source)
     report = Report("optimize", target=profile.name, model=stats.record(model, os.fspath(source)))
 
-    checks = _Checks(verify, profile, source, progress)
+    graphs = fixed.required(model, static, profile.name, profile.static)
+    for sizes in graphs:
+        fixed.specialise(model, sizes)  # what is wrong with them is said before anything is done
+    checks = Checks(verify, profile, source, progress)
 
     def before(phase: Phase, model: ir.Model) -> None:
         if phase == "lower":
             found: dict[str, Form] = {}
+            folder = Path(os.path.abspath(out if out is not None else source)).parent
+            if asked is None and fitting.needed(profile):
+                report.fitting = fitting.fit(
+                    model, profile, planned, tokens=_tokens(graphs), folder=folder, progress=progress
+                )
+                found = fitting.chosen(report.fitting)
+                report.notes += fitting.described(report.fitting, profile)
             if tune or measured is not None:
-                folder = Path(os.path.abspath(out if out is not None else source)).parent
-                report.tuning, found = _tuned(
+                report.tuning, measured_forms = _tuned(
                     model,
                     profile,
                     planned,
@@ -121,6 +138,7 @@ def optimize(
                     folder,
                     progress,
                 )
+                found = found | measured_forms
             report.notes += choose(model, profile, asked, found)
         checks.before(phase, model)
 
@@ -133,10 +151,9 @@ def optimize(
         report.verify = VerifyRecord("none", None)
         report.notes.append(_nothing_to_do(report))
     else:
-        _require_dtypes(model, profile)
+        require_dtypes(model, profile)
         _require_valid(model, source)
         report.verify = checks.finish(model)
-        report.placement = checks.placement
         report.notes += [*result.notes, *checks.notes]
         if REQUIRES_KEY in model.metadata_props:
             report.notes.append(f"the result needs {model.metadata_props[REQUIRES_KEY]}")
@@ -145,6 +162,24 @@ def optimize(
                 "float16 weights: the provider computes in float32, and keeps float32 copies of them"
             )
     report.blocks = block_records(model)
+    report.notes += checks.where_verified()
+    fixed_graphs = [fixed.specialise(model, sizes) for sizes in graphs]
+    report.static = [
+        StaticRecord(
+            None if out is None else os.fspath(fixed.beside(Path(out), sizes, at == 0)),
+            sizes,
+            checks.static(graph, f"the graph of {fixed.named(sizes)}"),
+            place_model(graph, profile, functools.partial(sized_inputs, graph, 1, 1), static=True),
+        )
+        for at, (sizes, graph) in enumerate(zip(graphs, fixed_graphs, strict=True))
+    ] or None
+    if report.static is not None:
+        report.placement = report.static[0].placement
+    else:
+        report.placement = place_model(model, profile, functools.partial(sized_inputs, model, 1, 4))
+    for placement in [report.placement, *(each.placement for each in report.static or ())]:
+        if no_fallback:
+            require_no_fallback(placement, profile)
     if dry_run:
         report.notes.append("dry run: nothing written")
         report.notes += [f"{item.step.phase}: {item.step.name} - {item.reason}" for item in planned]
@@ -160,6 +195,8 @@ def optimize(
     else:
         io.save(model, out, weights=weights)
         resident = note(found)
+    if graphs:
+        fixed.save(out, graphs)
     report.output = stats.record(io.load(out), os.fspath(out))
     if resident is not None:
         report.notes.append(resident)
@@ -169,6 +206,13 @@ def optimize(
     if was_packed:
         report.notes.append("packed weights of the input are left out: --weights prepacked makes them again")
     return report
+
+
+def _tokens(graphs: Sequence[Mapping[str, int]]) -> int | None:
+    """Of one run of the first static graph, as far as its sizes tell; None where there is none."""
+    if not graphs:
+        return None
+    return math.prod(size for name, size in graphs[0].items() if not re.search("past|total", name.lower()))
 
 
 def _tuned(
@@ -221,14 +265,6 @@ def _tuned(
     return record, {name: item.chosen for item in found for name in item.kind.names}
 
 
-def _require_dtypes(model: ir.Model, profile: targets.TargetProfile) -> None:
-    if "bfloat16" not in profile.dtypes and _holds(model, ir.DataType.BFLOAT16):
-        raise ImpossibleError(
-            f"target '{profile.name}' has no bfloat16 arithmetic, and the model has bfloat16 weights",
-            "export with --dtype float32 or --dtype float16",
-        )
-
-
 def _require_valid(model: ir.Model, source: str | os.PathLike[str]) -> None:
     """Before anything of the old model is replaced, whatever the user asked to be verified.
 
@@ -236,17 +272,13 @@ def _require_valid(model: ir.Model, source: str | os.PathLike[str]) -> None:
     """
     reason = invalid(model)
     if reason and not invalid(io.load(source)):
-        raise VerificationError(f"the optimized model is not valid: {reason}", _OUR_FAULT)
+        raise VerificationError(f"the optimized model is not valid: {reason}", OUR_FAULT)
 
 
 def _nothing_to_do(report: Report) -> str:
     if report.refusals:
         return f"nothing rewritten: {len(report.refusals)} refused, copied as it is (--explain says why)"
     return "nothing to do: no sparse block that this target runs better in another form"
-
-
-def _holds(model: ir.Model, dtype: ir.DataType) -> bool:
-    return any(value.dtype == dtype for graph in model.graphs() for value in graph.initializers.values())
 
 
 def _multiplies(model: ir.Model, dtype: ir.DataType) -> bool:
@@ -256,83 +288,3 @@ def _multiplies(model: ir.Model, dtype: ir.DataType) -> bool:
         for graph in model.graphs()
         for value in graph.initializers.values()
     )
-
-
-class _Checks:
-    """Compares lowered models with what they were lowered from, at the times that the user asked for.
-
-    Models that run whole are compared with the original itself; larger ones, block by block, with the neutral form
-    that the exact passes before the lowering made of it.
-    """
-
-    def __init__(
-        self,
-        when: Verify,
-        profile: targets.TargetProfile,
-        source: str | os.PathLike[str],
-        progress: Callable[[str], None] | None,
-    ) -> None:
-        self.when, self.profile, self.source, self.progress = when, profile, source, progress
-        self.original: ir.Model | None = None
-        self.neutral: ir.Model | None = None
-        self.placement: list[PlacementRecord] | None = None
-        self.notes: list[str] = []
-
-    def before(self, phase: Phase, model: ir.Model) -> None:
-        """Called before the first pass of each phase."""
-        if phase == "lower" and self.when == "final":
-            self.neutral = _copy(model)
-
-    def after(self, phase: Phase, item: runner.Planned, model: ir.Model, outcome: Outcome) -> None:
-        """Called behind each pass that changed the model."""
-        del outcome
-        if self.when == "none" or phase == "finish":
-            return
-        if self.when == "each" and phase != "sparsify":
-            _require_dtypes(model, self.profile)
-            self._compare(model, f"the model behind pass '{item.step.name}'")
-        if phase == "sparsify" or (phase != "lower" and self.when == "each"):
-            self.neutral = _copy(model)
-        if phase == "sparsify":  # a lossy step is measured against its budget, not here
-            self.original = self.neutral
-
-    def finish(self, model: ir.Model) -> VerifyRecord:
-        if self.when == "none":
-            return VerifyRecord("none", None)
-        return self._compare(model, "the optimized model")
-
-    def _compare(self, model: ir.Model, what: str) -> VerifyRecord:
-        if self.progress is not None:
-            self.progress(f"verifying {what}")
-        if self.original is None:  # read again rather than copied: most models need neither
-            self.original = _reference(self.source)
-        record, note = verify_lowering(
-            self.original,
-            self.neutral or self.original,
-            model,
-            provider=self.profile.provider,
-            progress=self.progress,
-        )
-        if note and note not in self.notes:
-            self.notes.append(note)
-        if not record.passed:
-            raise VerificationError(f"{what} differs from its original: {record.failure}", _OUR_FAULT)
-        self.placement = [PlacementRecord(self.profile.provider, stats.node_count(model))]
-        return record
-
-
-def _reference(source: str | os.PathLike[str]) -> ir.Model:
-    """The model as it was, with sums that ORT gets right."""
-    model = io.load(source)
-    with paused():
-        annotate(model)
-        RepairScatterAdd()(model)
-    return model
-
-
-def _copy(model: ir.Model) -> ir.Model:
-    """The model in neutral form, with sums that ORT gets right."""
-    with paused():
-        copy = model.clone()
-        RepairScatterAdd()(copy)
-    return copy

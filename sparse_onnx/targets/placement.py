@@ -52,11 +52,14 @@ class Placement:
 
 
 def placed(session: Any, provider: str) -> Placement | None:
-    """Of a session that was created with `record` and has run once; None where the runtime keeps no record.
+    """Of a session that was created with `record` and has run once; None where the runtime keeps no record, and for
+    the CPU provider, which has no other to fall back on.
 
     The record of the graph's assignment is taken where it names the provider. Kernels of WebGPU are not in it (seen in
     onnxruntime 1.27): there the profile of the run says who ran what, which leaves out branches that were not taken.
     """
+    if provider == CPU and not isinstance(session, RemoteSession):
+        return None
     if isinstance(session, RemoteSession):
         told = session.placement()
         recorded, profiled = told["recorded"], told["profiled"]

@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,21 +76,20 @@ def start(
             return _ort_session(_one_file(model, Path(folder)), config)
         name = where.removeprefix(_RUNTIME)
         runtime = runtimes.get(name)
+        found = _profile(name)
+        config = {**found.config, **config} if found is not None else config
         if runtime.npm:
             config = {}  # what is set in Python alone
         whole = isinstance(model, ir.Model) or runtime.npm
         path = _one_file(model, Path(folder)) if whole else os.fspath(model)
-        options = _options(name)
+        options = {} if found is None else found.provider_options
         return RemoteSession(runtime, path, options, config, record=record, optimize=optimize)
 
 
-def _options(runtime: str) -> Mapping[str, str]:
-    """Of the provider, from the profile that names the runtime."""
-    for name in profiles.names():
-        found = profiles.get(name)
-        if found.runtime == runtime:
-            return found.provider_options
-    return {}
+def _profile(runtime: str) -> TargetProfile | None:
+    """The one that names the runtime."""
+    found = (profiles.get(name) for name in profiles.names())
+    return next((each for each in found if each.runtime == runtime), None)
 
 
 def _one_file(model: str | os.PathLike[str] | ir.Model, folder: Path) -> str:
@@ -128,18 +125,24 @@ def _ort_session(path: str, config: Mapping[str, str]) -> Any:
 
 
 def to_ort(path: Path) -> Path:
-    """Writes the .ort file beside a model, and `required_operators.config` for a minimal build, by ORT's own tool.
+    """Writes the .ort file beside a model, with the rewrites that hold on every processor done, as ORT's tool
+    `convert_onnx_models_to_ort` does.
 
     Raises:
-        Failed: the tool cannot convert it.
+        Failed: the model cannot be converted.
     """
-    command = [sys.executable, "-m", "onnxruntime.tools.convert_onnx_models_to_ort"]
-    command += ["--optimization_style", "Fixed", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    import onnxruntime
+
     made = path.with_suffix(".ort")
-    if done.returncode or not made.exists():
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise Failed(f"convert_onnx_models_to_ort failed: {lines[-1] if lines else done.returncode}")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(made)
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    try:
+        onnxruntime.InferenceSession(str(path), options, providers=[CPU])
+    except Exception as error:  # ORT's exceptions share no base class
+        raise Failed(str(error), type(error).__name__) from error
     return made
 
 

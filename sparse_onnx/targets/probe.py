@@ -222,7 +222,10 @@ def _try(path: Path, where: str, target: TargetProfile, given: np.ndarray, scale
     except Exception as error:  # whatever a runtime makes of it
         return False, f"fails: {sessions.first_line(error)[:160]}"
     if actual.shape != expected.shape or not np.allclose(actual, expected, rtol=scale, atol=scale):
-        return False, "wrong shape" if actual.shape != expected.shape else f"off by {abs(actual - expected).max():.1g}"
+        return (
+            False,
+            "wrong shape" if actual.shape != expected.shape else f"off by {abs(actual - expected).max():.1g}",
+        )
     if at is None:
         return True, ""
     fallen = [name for name, _ in at.fallen(target.provider)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import json
 import math
@@ -94,10 +95,8 @@ class RemoteSession:
     def __del__(self) -> None:
         server = getattr(self, "_server", None)
         if server is not None and server.alive and hasattr(self, "_id"):
-            try:
+            with contextlib.suppress(RemoteError, OSError, ValueError):
                 server.ask(do="close", id=self._id)
-            except (RemoteError, OSError, ValueError):
-                pass
 
 
 def _read(dtype: str, shape: Sequence[int], file: str) -> np.ndarray:

@@ -34,7 +34,7 @@ TOP = [
     "verify",
     "bench",
 ]
-TOP += ["placement", "diff", "notes"]
+TOP += ["placement", "fitting", "static", "diff", "notes"]
 BLOCK = [
     "name",
     "kind",

@@ -1,0 +1,197 @@
+"""Compares what `optimize` makes with what it was made from, on the target where it can be run here."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Literal
+
+import onnx_ir as ir
+
+from sparse_onnx import targets
+from sparse_onnx.core.collector import paused
+from sparse_onnx.core.errors import ImpossibleError, VerificationError
+from sparse_onnx.core.passes import Outcome
+from sparse_onnx.core.report import VerifyRecord
+from sparse_onnx.graph import io, stats
+from sparse_onnx.graph.annotate import annotate
+from sparse_onnx.optimize import runner
+from sparse_onnx.passes import Phase
+from sparse_onnx.passes.repair_scatter_add import RepairScatterAdd
+from sparse_onnx.targets import places
+from sparse_onnx.verify.compare import TOLERANCES
+from sparse_onnx.verify.inputs import Case, Size, sized_inputs
+from sparse_onnx.verify.lowering import WHOLE_BYTES, default_threads, verify_lowering
+from sparse_onnx.verify.routing import NEAR_TIE
+from sparse_onnx.verify.whole import compare_whole
+
+Verify = Literal["each", "final", "none"]
+
+OUR_FAULT = "nothing was written; please report it, this is a fault of sparse-onnx"
+
+#: Inputs of a graph of one size: that many draws, and one for which all tokens are alike.
+_DRAWS = 12
+
+
+class Checks:
+    """Compares lowered models with what they were lowered from, at the times that the user asked for.
+
+    Models that run whole are compared with the original itself; larger ones, block by block, with the neutral form
+    that the exact passes before the lowering made of it.
+    """
+
+    def __init__(
+        self,
+        when: Verify,
+        profile: targets.TargetProfile,
+        source: str | os.PathLike[str],
+        progress: Callable[[str], None] | None,
+    ) -> None:
+        self.when, self.profile, self.source, self.progress = when, profile, source, progress
+        self.where = places.place(profile) or places.CPU
+        #: What the target computes in decides how far from the CPU's results its own may be.
+        self.coarse = (
+            None if profile.precision == "float32" or self.where == places.CPU else profile.precision
+        )
+        self.original: ir.Model | None = None
+        self.neutral: ir.Model | None = None
+        self.notes: list[str] = []
+
+    def before(self, phase: Phase, model: ir.Model) -> None:
+        """Called before the first pass of each phase."""
+        if phase == "lower" and self.when == "final":
+            self.neutral = _copy(model)
+
+    def after(self, phase: Phase, item: runner.Planned, model: ir.Model, outcome: Outcome) -> None:
+        """Called behind each pass that changed the model."""
+        del outcome
+        if self.when == "none" or phase == "finish":
+            return
+        if self.when == "each" and phase != "sparsify":
+            require_dtypes(model, self.profile)
+            self._compare(model, f"the model behind pass '{item.step.name}'")
+        if phase == "sparsify" or (phase != "lower" and self.when == "each"):
+            self.neutral = _copy(model)
+        if phase == "sparsify":  # a lossy step is measured against its budget, not here
+            self.original = self.neutral
+
+    def finish(self, model: ir.Model) -> VerifyRecord:
+        if self.when == "none":
+            return VerifyRecord("none", None)
+        return self._compare(model, "the optimized model")
+
+    def _compare(self, model: ir.Model, what: str) -> VerifyRecord:
+        if self.progress is not None:
+            self.progress(f"verifying {what}")
+        if self.original is None:  # read again rather than copied: most models need neither
+            self.original = _reference(self.source)
+        # A target of static shapes runs the graphs that are made of this one: see `static`.
+        where = places.CPU if self.profile.static else self.where
+        coarse = None if where == places.CPU else self.coarse
+        record, note = verify_lowering(
+            self.original,
+            self.neutral or self.original,
+            model,
+            provider=where,
+            tolerance=TOLERANCES[coarse] if coarse else None,
+            near_tie=NEAR_TIE[coarse] if coarse else None,
+            progress=self.progress,
+        )
+        if note and note not in self.notes:
+            self.notes.append(note)
+        if not record.passed:
+            raise VerificationError(
+                f"{what} differs from its original{_on(where)}: {record.failure}", OUR_FAULT
+            )
+        return dataclasses.replace(record, on=None if where == places.CPU else places.described(where))
+
+    def where_verified(self) -> list[str]:
+        """What must be said where the target could not be tried."""
+        if (
+            self.when == "none"
+            or self.profile.provider == places.CPU
+            or places.place(self.profile) is not None
+        ):
+            return []
+        needs = (
+            self.profile.needs
+            or f"its runtime: python -m sparse_onnx.targets.runtimes install {self.profile.runtime}"
+        )
+        return [
+            f"{self.profile.provider} cannot be run here (it needs {needs}): compared on {places.CPU}, placed by the profile"
+        ]
+
+    def static(self, model: ir.Model, what: str) -> VerifyRecord:
+        """A graph of one size, whose dynamic one was verified, with the original: on the target where it can be run."""
+        if self.when == "none":
+            return VerifyRecord("none", None)
+        if self.original is None:
+            self.original = _reference(self.source)
+        size = max(stats.weight_bytes(self.original), stats.weight_bytes(model))
+        if size > WHOLE_BYTES or self.neutral is self.original:
+            return VerifyRecord(
+                "none", None, failure="not run whole; the dynamic graph was compared block by block"
+            )
+        if self.progress is not None:
+            self.progress(f"verifying {what}")
+        record = compare_whole(
+            self.original,
+            model,
+            _draws(model),
+            threads=default_threads(),
+            provider=self.where,
+            tolerance=TOLERANCES[self.coarse] if self.coarse else None,
+            near_tie=NEAR_TIE[self.coarse] if self.coarse else None,
+            names=("the original", what),
+            progress=self.progress,
+            cover=False,
+        )
+        if record.passed is False:
+            raise VerificationError(
+                f"{what} differs from its original{_on(self.where)}: {record.failure}", OUR_FAULT
+            )
+        return dataclasses.replace(
+            record, on=None if self.where == places.CPU else places.described(self.where)
+        )
+
+
+def _on(where: str) -> str:
+    return "" if where == places.CPU else f" on {places.described(where)}"
+
+
+def _draws(model: ir.Model) -> list[Case]:
+    kinds = [*(("random", seed) for seed in range(_DRAWS)), ("one", _DRAWS)]
+    return [
+        Case(f"draw {seed}", Size(1, 1), sized_inputs(model, 1, 1, kind=kind, seed=seed))  # type: ignore[arg-type]
+        for kind, seed in kinds
+    ]
+
+
+def _reference(source: str | os.PathLike[str]) -> ir.Model:
+    """The model as it was, with sums that ORT gets right."""
+    model = io.load(source)
+    with paused():
+        annotate(model)
+        RepairScatterAdd()(model)
+    return model
+
+
+def _copy(model: ir.Model) -> ir.Model:
+    """The model in neutral form, with sums that ORT gets right."""
+    with paused():
+        copy = model.clone()
+        RepairScatterAdd()(copy)
+    return copy
+
+
+def require_dtypes(model: ir.Model, profile: targets.TargetProfile) -> None:
+    if "bfloat16" not in profile.dtypes and _holds(model, ir.DataType.BFLOAT16):
+        raise ImpossibleError(
+            f"target '{profile.name}' has no bfloat16 arithmetic, and the model has bfloat16 weights",
+            "export with --dtype float32 or --dtype float16",
+        )
+
+
+def _holds(model: ir.Model, dtype: ir.DataType) -> bool:
+    return any(value.dtype == dtype for graph in model.graphs() for value in graph.initializers.values())
