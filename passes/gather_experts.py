@@ -57,7 +57,9 @@ class GatherExperts(Lowering):
 
     index: str = dataclasses.field(
         default="int64",
-        metadata={"help": "type that the experts' indices are computed in: int64, or int32 where that is not run"},
+        metadata={
+            "help": "type that the experts' indices are computed in: int64, or int32 where that is not run"
+        },
     )
 
     def __post_init__(self) -> None:

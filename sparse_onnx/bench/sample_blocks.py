@@ -17,7 +17,7 @@ from sparse_onnx.graph.infer import infer
 
 EXPERTS, TOP_K, HIDDEN, INNER = 8, 2, 32, 24
 
-#: `logits [T, E]` to `index [T, K]` and `weight [T, K]`, in terms of `inspect`; `dropped`: slots of small weight go to nobody.
+#: `logits [T, E]` to `index [T, K]` and `weight [T, K]`, in terms of `inspect`; `dropped`: few go to nobody.
 ROUTERS = {
     "softmax_topk": "p = Softmax<axis=-1>(logits) weight, index = TopK<axis=-1>(p, k)",
     "softmax_topk_renormalised": "p = Softmax<axis=-1>(logits) w, index = TopK<axis=-1>(p, k) "

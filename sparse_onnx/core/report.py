@@ -175,7 +175,7 @@ class FitRecord:
 class PlacementRecord:
     """One provider's part of a model.
 
-    `by` says who tells: the runtime that ran it, or ``profile``. `partitions` counts the pieces that it got, `operators`
+    `by`: the runtime that tells, or ``profile``. `partitions` counts the pieces that it got, `operators`
     its nodes by operator, `guilty` names those that the target's own provider left to it. `values` and `bytes` are what
     it hands to the others and gets from them in one run, open sizes taken as 1, as far as names can be followed.
     """

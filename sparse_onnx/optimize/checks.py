@@ -88,23 +88,25 @@ class Checks:
             self.original = _reference(self.source)
         # A target of static shapes runs the graphs that are made of this one: see `static`.
         where = places.CPU if self.profile.static else self.where
+        record, note = self._run(self.original, model, where)
+        if note and note not in self.notes:
+            self.notes.append(note)
+        if not record.passed:
+            theirs = where != places.CPU and bool(self._run(self.original, model, places.CPU)[0].passed)
+            raise self._differs(what, where, record, theirs)
+        return dataclasses.replace(record, on=None if where == places.CPU else places.described(where))
+
+    def _run(self, original: ir.Model, model: ir.Model, where: str) -> tuple[VerifyRecord, str]:
         coarse = None if where == places.CPU else self.coarse
-        record, note = verify_lowering(
-            self.original,
-            self.neutral or self.original,
+        return verify_lowering(
+            original,
+            self.neutral or original,
             model,
             provider=where,
             tolerance=TOLERANCES[coarse] if coarse else None,
             near_tie=NEAR_TIE[coarse] if coarse else None,
             progress=self.progress,
         )
-        if note and note not in self.notes:
-            self.notes.append(note)
-        if not record.passed:
-            raise VerificationError(
-                f"{what} differs from its original{_on(where)}: {record.failure}", OUR_FAULT
-            )
-        return dataclasses.replace(record, on=None if where == places.CPU else places.described(where))
 
     def where_verified(self) -> list[str]:
         """What must be said where the target could not be tried."""
@@ -119,7 +121,8 @@ class Checks:
             or f"its runtime: python -m sparse_onnx.targets.runtimes install {self.profile.runtime}"
         )
         return [
-            f"{self.profile.provider} cannot be run here (it needs {needs}): compared on {places.CPU}, placed by the profile"
+            f"{self.profile.provider} cannot be run here (it needs {needs}): compared on {places.CPU}, "
+            "placed by the profile"
         ]
 
     def static(self, model: ir.Model, what: str) -> VerifyRecord:
@@ -135,24 +138,40 @@ class Checks:
             )
         if self.progress is not None:
             self.progress(f"verifying {what}")
-        record = compare_whole(
-            self.original,
+        record = self._run_static(self.original, model, what, self.where)
+        if record.passed is False:
+            elsewhere = self.where != places.CPU
+            fault = elsewhere and self._run_static(self.original, model, what, places.CPU).passed
+            raise self._differs(what, self.where, record, theirs=bool(fault))
+        return dataclasses.replace(
+            record, on=None if self.where == places.CPU else places.described(self.where)
+        )
+
+    def _run_static(self, original: ir.Model, model: ir.Model, what: str, where: str) -> VerifyRecord:
+        coarse = None if where == places.CPU else self.coarse
+        return compare_whole(
+            original,
             model,
             _draws(model),
             threads=default_threads(),
-            provider=self.where,
-            tolerance=TOLERANCES[self.coarse] if self.coarse else None,
-            near_tie=NEAR_TIE[self.coarse] if self.coarse else None,
+            provider=where,
+            tolerance=TOLERANCES[coarse] if coarse else None,
+            near_tie=NEAR_TIE[coarse] if coarse else None,
             names=("the original", what),
             progress=self.progress,
             cover=False,
         )
-        if record.passed is False:
-            raise VerificationError(
-                f"{what} differs from its original{_on(self.where)}: {record.failure}", OUR_FAULT
+
+    def _differs(self, what: str, where: str, record: VerifyRecord, theirs: bool) -> VerificationError:
+        """`theirs`: the very same graph is right on the CPU, so that the target's kernels are at fault."""
+        if not theirs:
+            return VerificationError(
+                f"{what} differs from its original{_on(where)}: {record.failure}", OUR_FAULT
             )
-        return dataclasses.replace(
-            record, on=None if self.where == places.CPU else places.described(self.where)
+        return VerificationError(
+            f"{self.profile.provider} ({places.described(where)}) gets {what} wrong, and {places.CPU} gets it right: "
+            f"{record.failure}",
+            "nothing was written; another size or --form may go round the fault",
         )
 
 

@@ -88,7 +88,8 @@ _BODIES: dict[str, tuple[str, str]] = {
     ),
     "com.microsoft.MoE": (
         "float32",
-        'logits = MatMul(x, gate) y = com.microsoft.MoE<k=1, activation_type="relu", normalize_routing_weights=1>(x, logits, experts, , experts)',
+        "logits = MatMul(x, gate) y = com.microsoft.MoE"
+        '<k=1, activation_type="relu", normalize_routing_weights=1>(x, logits, experts, , experts)',
     ),
     "com.microsoft.MatMulNBits": (
         "float32",
