@@ -140,7 +140,9 @@ def _model(key: str, dtype: str, body: str) -> onnx.ModelProto:
         "scales": ("float[8,1]", _numbers(8)),
     }
     prepared = "top, i = TopK<axis=-1>(given, k2) j = Div(i, k2) "
-    prepared += f"raw = Mul(given, four) x = Cast<to={number}>(raw) "
+    # Integers as experts' indices are: not negative, and whole before the cast, which some providers round.
+    raw = "size = Abs(given) big = Mul(size, four) raw = Floor(big) " if "int" in dtype else "raw = Mul(given, four) "
+    prepared += f"{raw}x = Cast<to={number}>(raw) "
     prepared += f"square = Cast<to={number}>(weights) "
     needs = {
         "two": f"f2 = Add(one, one) two = Cast<to={number}>(f2) ",

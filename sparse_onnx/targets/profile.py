@@ -51,7 +51,8 @@ class Operator:
     """What a provider runs of an operator.
 
     Attributes:
-        types: element types of its first input, as `float32`, that it runs; ``*``: all that the provider has.
+        types: element types of its first input, as `float32`, that it runs; ``*``: all that the provider has. Integers
+            are probed as experts' indices are: not negative.
         source: key of the profile's `sources`.
         note: limits that types do not tell, and how it fails.
     """
