@@ -103,9 +103,12 @@ def _show(out: Console, entry: dict[str, Any]) -> None:
 
 
 def _rows(entry: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested tables as rows `table.key`, lists of tables as rows `table.number`."""
+    """Nested tables as rows `table.key`, lists of tables as rows `table.number`; an operator or form is one row."""
     for key, value in entry.items():
-        if isinstance(value, dict):
+        if key in ("operators", "results"):
+            for name, item in value.items():
+                yield f"{key}.{name}", _words(item)
+        elif isinstance(value, dict):
             yield from _rows(value, f"{prefix}{key}.")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             for number, item in enumerate(value, start=1):
@@ -113,3 +116,13 @@ def _rows(entry: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
                 yield f"{prefix}{key}.{number}", conditions
         else:
             yield f"{prefix}{key}", ", ".join(value) if isinstance(value, list) else value
+
+
+def _words(item: dict[str, Any]) -> str:
+    """What a provider runs of an operator, or how a form went, in one cell."""
+    if "types" in item:
+        said = ", ".join(item["types"]) or "-"
+    else:
+        said = ", ".join(word for word in ("runs", "right", "whole") if item[word]) or "does not run"
+        said += f"; not on the provider: {', '.join(item['left'])}" if item["left"] else ""
+    return f"{said}{'; ' + item['note'] if item['note'] else ''} [{item['source']}]"

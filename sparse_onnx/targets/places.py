@@ -86,6 +86,13 @@ def start(
         return RemoteSession(runtime, path, options, config, record=record, optimize=optimize)
 
 
+def recommended(provider: str) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Session entries and provider options that the provider's profile recommends; none where there is no profile."""
+    found = (profiles.get(name) for name in profiles.names())
+    target = next((each for each in found if each.provider == provider), None)
+    return ({}, {}) if target is None else (target.config, target.provider_options)
+
+
 def _profile(runtime: str) -> TargetProfile | None:
     """The one that names the runtime."""
     found = (profiles.get(name) for name in profiles.names())

@@ -141,7 +141,11 @@ def _model(key: str, dtype: str, body: str) -> onnx.ModelProto:
     }
     prepared = "top, i = TopK<axis=-1>(given, k2) j = Div(i, k2) "
     # Integers as experts' indices are: not negative, and whole before the cast, which some providers round.
-    raw = "size = Abs(given) big = Mul(size, four) raw = Floor(big) " if "int" in dtype else "raw = Mul(given, four) "
+    raw = (
+        "size = Abs(given) big = Mul(size, four) raw = Floor(big) "
+        if "int" in dtype
+        else "raw = Mul(given, four) "
+    )
     prepared += f"{raw}x = Cast<to={number}>(raw) "
     prepared += f"square = Cast<to={number}>(weights) "
     needs = {

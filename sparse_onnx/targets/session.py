@@ -99,6 +99,10 @@ def create_session(
             raise _refused(error, name or (model if isinstance(model, str) else "")) from error
     if record:
         entries[RECORD_KEY] = "1"
+    given: dict[str, str] = {}
+    if provider != places.CPU:
+        recommended = places.recommended(provider)
+        entries, given = {**recommended[0], **entries}, dict(recommended[1])
     if isinstance(model, ir.Model):
         folder = external_folder(model)
         if folder is not None:
@@ -114,7 +118,7 @@ def create_session(
     if not plans_memory_reuse(_MANY_NODES + 1, version):  # or the nodes need not be counted
         options.enable_mem_reuse = plans_memory_reuse(_nodes(model), version)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=[provider])
+        return onnxruntime.InferenceSession(source, options, providers=[(provider, given)])
     except Exception as error:  # ORT's exceptions share no base class
         raise _refused(error, name) from error
 
