@@ -115,6 +115,7 @@ def optimize(
     for sizes in graphs:
         fixed.specialise(model, sizes)  # what is wrong with them is said before anything is done
     checks = Checks(verify, profile, source, progress)
+    checks.fixed = bool(graphs)
 
     def before(phase: Phase, model: ir.Model) -> None:
         if phase == "lower":

@@ -86,8 +86,7 @@ class Checks:
             self.progress(f"verifying {what}")
         if self.original is None:  # read again rather than copied: most models need neither
             self.original = _reference(self.source)
-        # A target of static shapes runs the graphs that are made of this one: see `static`.
-        where = places.CPU if self.profile.static else self.where
+        where = places.CPU if self.fixed else self.where  # see `static`
         record, note = self._run(self.original, model, where)
         if note and note not in self.notes:
             self.notes.append(note)
@@ -97,14 +96,14 @@ class Checks:
         return dataclasses.replace(record, on=None if where == places.CPU else places.described(where))
 
     def _run(self, original: ir.Model, model: ir.Model, where: str) -> tuple[VerifyRecord, str]:
-        coarse = None if where == places.CPU else self.coarse
+        tolerance, near_tie = self._tolerances(where)
         return verify_lowering(
             original,
             self.neutral or original,
             model,
             provider=where,
-            tolerance=TOLERANCES[coarse] if coarse else None,
-            near_tie=NEAR_TIE[coarse] if coarse else None,
+            tolerance=tolerance,
+            near_tie=near_tie,
             progress=self.progress,
         )
 
@@ -148,18 +147,29 @@ class Checks:
         )
 
     def _run_static(self, original: ir.Model, model: ir.Model, what: str, where: str) -> VerifyRecord:
-        coarse = None if where == places.CPU else self.coarse
+        tolerance, near_tie = self._tolerances(where)
         return compare_whole(
             original,
             model,
             _draws(model),
             threads=default_threads(),
             provider=where,
-            tolerance=TOLERANCES[coarse] if coarse else None,
-            near_tie=NEAR_TIE[coarse] if coarse else None,
+            tolerance=tolerance,
+            near_tie=near_tie,
             names=("the original", what),
             progress=self.progress,
             cover=False,
+        )
+
+    def _tolerances(self, where: str) -> tuple[float | None, float | None]:
+        """Accepted error, and margin of a near-tie: what the target computes in decides how far from the CPU's results
+        its own may be. None: as the model's type."""
+        profile = self.profile
+        if where == places.CPU or (profile.precision == "float32" and not profile.tolerance):
+            return None, None
+        return (
+            profile.tolerance or TOLERANCES[profile.precision],
+            max(profile.tolerance, NEAR_TIE[profile.precision]),
         )
 
     def _differs(self, what: str, where: str, record: VerifyRecord, theirs: bool) -> VerificationError:

@@ -75,6 +75,18 @@ _BODIES: dict[str, tuple[str, str]] = {
     "Transpose": ("float32 bool", "y = Transpose<perm=[1, 0]>(x)"),
     "Unsqueeze": ("float32 int64 int32 bool", "y = Unsqueeze(x, axes1)"),
     "Where": ("float32 int64 int32", "c = Greater(given, zero) y = Where(c, x, two)"),
+    "ArgMax": ("float32", "y = ArgMax<axis=1, keepdims=1>(x)"),
+    "Cos": ("float32", "y = Cos(x)"),
+    "Exp": ("float32", "y = Exp(x)"),
+    "Neg": ("float32", "y = Neg(x)"),
+    "Pow": ("float32", "y = Pow(x, two)"),
+    "Reciprocal": ("float32", "y = Reciprocal(x)"),
+    "ReduceMean": ("float32", "y = ReduceMean<keepdims=1>(x, axes1)"),
+    "Sin": ("float32", "y = Sin(x)"),
+    "Slice": ("float32", "y = Slice(x, from, to)"),
+    "Sqrt": ("float32", "square2 = Mul(x, x) y = Sqrt(square2)"),
+    "Trilu": ("float32", "y = Trilu<upper=0>(x)"),
+    "LayerNormalization": ("float32", "y = LayerNormalization(x, line)"),
     "If": (
         "bool",
         "f = ReduceMax<keepdims=0>(given) c = Greater(f, one) "
@@ -134,6 +146,7 @@ def _model(key: str, dtype: str, body: str) -> onnx.ModelProto:
         "minus": ("float", "-1"),
         "weights": ("float[8,8]", _numbers(64)),
         "four": ("float", "4"),
+        "line": ("float[8]", _numbers(8)),
         "gate": ("float[8,2]", _numbers(16)),
         "experts": ("float[2,8,8]", _numbers(128)),
         "nibbles": ("uint8[8,1,8]", ", ".join(str(37 * at % 256) for at in range(64))),
@@ -206,7 +219,7 @@ def probe(target: TargetProfile, say: Callable[[str], None] | None = None) -> li
             path = Path(folder) / "probe.onnx"
             onnx.save(model, path)
             rough = "float16" in (dtype, target.precision)
-            runs, note = _try(path, where, target, given, 1e-2 if rough else 1e-5)
+            runs, note = _try(path, where, target, given, 1e-2 if rough else max(1e-5, target.tolerance))
             found.append(Found(key, dtype, runs, note))
             if say is not None:
                 say(f"{key} {dtype}: {'runs' if runs else note}")

@@ -90,6 +90,7 @@ class TargetProfile:
         candidates: what tuning measures, by the width of the stored weights in bits (``0``: floating point).
         static: whether it runs graphs of static shapes alone.
         precision: what it computes float32 in.
+        tolerance: accepted relative error where it computes less exactly than its type; 0: as the type.
         format: ``onnx``, or ``ort`` for the files of minimal builds.
         runtime: name of the runtime that it is tried on; None where that is this onnxruntime.
         needs: what a machine must have to run it, where no runtime can be installed.
@@ -115,6 +116,7 @@ class TargetProfile:
     candidates: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     static: bool = False
     precision: str = "float32"
+    tolerance: float = 0.0
     format: str = "onnx"
     runtime: str | None = None
     needs: str = ""

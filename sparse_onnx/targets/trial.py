@@ -55,4 +55,8 @@ def _difference(expected: np.ndarray, actual: np.ndarray, target: TargetProfile)
         return f"shape {list(actual.shape)} instead of {list(expected.shape)}"
     scale = max(float(np.abs(expected).max(initial=0.0)), 1e-6)
     error = float(np.abs(actual.astype(np.float64) - expected).max(initial=0.0)) / scale
-    return f"relative error {error:.1e}" if not error <= TOLERANCES[target.precision] else ""
+    return (
+        f"relative error {error:.1e}"
+        if not error <= (target.tolerance or TOLERANCES[target.precision])
+        else ""
+    )
