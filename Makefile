@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all lint types bench clean
+.PHONY: help setup demo test test-all lint types bench runtimes clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ types: $(READY) ## mypy over the built package
 	rm -rf build/types build/lib
 	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p sparse_onnx
+
+runtimes: $(READY) ## the runtimes that targets are tried on, into the user's cache (3 GB); `make test-all` uses them
+	$(BIN)/python -m sparse_onnx.targets.runtimes install all
 
 bench: $(READY) ## the measurements of docs/benchmarks.md; for the peers: .venv/bin/pip install -e '.[bench-peers]'
 	$(BIN)/python -m sparse_onnx.bench.suite

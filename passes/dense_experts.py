@@ -9,6 +9,8 @@ and the reads of all E experts for each token, E / K times what is needed. Weigh
 turned copy in the file. Measured on ORT 1.32, 8 experts of [2816, 1024]: W Xᵀ takes 0.9, 0.5 and 0.6 times as long as
 X W of a turned copy for 1, 8 and 64 tokens.
 
+`index=int32` is for targets without kernels for int64.
+
 Exact for every routing: ties, duplicate indices (their weights are added first), no tokens at all, and dropped slots
 (index = E is no expert's). Results of experts that a token did not choose are put away whole, since they may hold
 infinities. Weights may be computed; quantized ones stay behind their DequantizeLinear, of which all of it is needed.
@@ -28,6 +30,7 @@ import onnx_ir as ir
 
 from sparse_onnx.blocks import MoEBlock, WeightLayout, is_zero
 from sparse_onnx.blocks.expert import emit_hidden
+from sparse_onnx.blocks.index_type import emit_index, require_index_type
 from sparse_onnx.blocks.lowering import Lowering
 from sparse_onnx.graph.build import Emitter
 
@@ -41,9 +44,23 @@ class DenseExperts(Lowering):
         "all experts on all tokens, then chosen by weight: for targets that can do nothing else"
     )
 
+    index: str = dataclasses.field(
+        default="int64",
+        metadata={
+            "help": "type that the experts' indices are computed in: int64, or int32 where that is not run"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        require_index_type(self.name, self.index)
+
+    @property
+    def label(self) -> str:
+        return self.form if self.index == "int64" else f"{self.form}:index={self.index}"
+
     def rewrite(self, block: MoEBlock, emit: Emitter, opset: int) -> set[str]:
         columns = block.spec.weight_layout == WeightLayout.OUT_IN
-        chosen, weight = _weights(block, emit, columns)
+        chosen, weight = _weights(block, emit, columns, self.index)
         tokens = emit.op("Transpose", block.tokens, perm=[1, 0]) if columns else block.tokens
         projected = [_linear(block, emit, role, tokens, columns) for role in block.spec.roles[:-1]]
         hidden = emit_hidden(emit, block.spec, projected, block.dtype, opset, axis=1 if columns else 2)
@@ -74,12 +91,13 @@ def _linear(block: MoEBlock, emit: Emitter, role: str, x: ir.Value, columns: boo
     return emit.op("Add", result, emit.op("Unsqueeze", bias, emit.ints(2 if columns else 1)))
 
 
-def _weights(block: MoEBlock, emit: Emitter, columns: bool) -> tuple[ir.Value, ir.Value]:
+def _weights(block: MoEBlock, emit: Emitter, columns: bool, kind: str) -> tuple[ir.Value, ir.Value]:
     """Whether each token chose each expert, and with which weight: both `[E, 1, T]` (columns) or `[E, T, 1]`."""
     dtype = block.expert_weight.dtype
     assert block.experts is not None and dtype is not None
-    own = emit.constant(np.arange(block.experts).reshape(-1, 1, 1))
-    mine = emit.op("Equal", emit.op("Unsqueeze", block.expert_index, emit.ints(0)), own)  # [E, T, K]
+    own = emit.constant(np.arange(block.experts, dtype=kind).reshape(-1, 1, 1))
+    index = emit_index(emit, block.expert_index, kind)
+    mine = emit.op("Equal", emit.op("Unsqueeze", index, emit.ints(0)), own)  # [E, T, K]
     weight = emit.op("Where", mine, block.expert_weight, emit.scalar(0.0, dtype))
     axis = emit.ints(2)
     hits = emit.op("ReduceMax", emit.op("Cast", mine, to=ir.DataType.FLOAT), axis, keepdims=0)

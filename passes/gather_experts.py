@@ -11,6 +11,9 @@ If, or Split of runtime sizes; with a fixed number of tokens all shapes are cons
 by the Gather, which makes the form dear on CPU (2.3 times the grouped form's time for one token, 6 times for 8) and its
 memory that of T K experts.
 
+`index=int32` is for targets without kernels for int64 (WebGPU, up to the onnxruntime that has
+microsoft/onnxruntime#29830).
+
 Exact for every routing: ties and duplicate indices, no tokens at all, and dropped slots (index = E: expert 0 computes
 them, and their result and weight are put away whole, since a product with 0 is NaN for an infinite one). Enters If,
 Loop and Scan bodies.
@@ -36,6 +39,7 @@ import onnx_ir as ir
 from sparse_onnx.blocks import MoEBlock
 from sparse_onnx.blocks.chosen_weights import ChosenWeights, gather_obstacle
 from sparse_onnx.blocks.expert import emit_hidden
+from sparse_onnx.blocks.index_type import emit_index, require_index_type
 from sparse_onnx.blocks.lowering import Lowering, Problem
 from sparse_onnx.blocks.routing import never_dropped
 from sparse_onnx.blocks.weighted_sum import emit_kept_weight, emit_weighted_sum
@@ -51,6 +55,20 @@ class GatherExperts(Lowering):
         "each slot's weights gathered, one batched product: static shapes for targets that need them"
     )
 
+    index: str = dataclasses.field(
+        default="int64",
+        metadata={
+            "help": "type that the experts' indices are computed in: int64, or int32 where that is not run"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        require_index_type(self.name, self.index)
+
+    @property
+    def label(self) -> str:
+        return self.form if self.index == "int64" else f"{self.form}:index={self.index}"
+
     def problem(self, block: MoEBlock, opset: int) -> Problem | None:
         found = (gather_obstacle(value, role) for role, value in block.weights.items())
         return next(filter(None, found), None)
@@ -58,12 +76,14 @@ class GatherExperts(Lowering):
     def rewrite(self, block: MoEBlock, emit: Emitter, opset: int) -> set[str]:
         experts, top_k, width = block.experts, block.top_k, block.hidden_out
         assert experts is not None and top_k is not None and width is not None
-        slots = emit.op("Reshape", block.expert_index, emit.ints(-1, 1))
+        chosen_experts = emit_index(emit, block.expert_index, self.index)
+        slots = emit.op("Reshape", chosen_experts, emit.ints(-1, 1))
         weight, kept = block.expert_weight, None
         if not never_dropped(block.expert_index, experts):
-            weight = emit_kept_weight(emit, block.expert_index, weight, experts)
-            kept = emit.op("Less", slots, emit.constant(np.asarray(experts, np.int64)))
-            slots = emit.op("Where", kept, slots, emit.constant(np.asarray(0, np.int64)))
+            weight = emit_kept_weight(emit, chosen_experts, weight, experts)
+            kind = np.dtype(self.index)
+            kept = emit.op("Less", slots, emit.constant(np.asarray(experts, kind)))
+            slots = emit.op("Where", kept, slots, emit.constant(np.asarray(0, kind)))
 
         chosen = ChosenWeights(block, emit, emit.names, slots)
         rows = _rows_of_slots(emit, block.tokens, top_k)

@@ -13,7 +13,8 @@ def emit_kept_weight(
 ) -> ir.Value:
     """`[T, K]`: the weight of each slot; zero for one that is dropped (index = E), whatever its weight holds."""
     assert expert_weight.dtype is not None
-    kept = emit.op("Less", expert_index, emit.constant(np.asarray(experts, np.int64)))
+    kind = np.int32 if expert_index.dtype == ir.DataType.INT32 else np.int64
+    kept = emit.op("Less", expert_index, emit.constant(np.asarray(experts, kind)))
     weight = emit.op("Where", kept, expert_weight, emit.scalar(0.0, expert_weight.dtype))
     weight.dtype = expert_weight.dtype
     return weight

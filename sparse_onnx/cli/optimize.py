@@ -71,6 +71,15 @@ def parse_passes(texts: tuple[str, ...]) -> dict[str, dict[str, str]]:
     show_default=True,
     help="Compare with the original after each pass, at the end, or not at all.",
 )
+@click.option(
+    "--static",
+    metavar="AXIS=N,...",
+    multiple=True,
+    help="A graph of these sizes, as batch=1,sequence=1, instead of open ones; each further one goes beside OUT.",
+)
+@click.option(
+    "--no-fallback", is_flag=True, help="Fail where the target's provider leaves nodes to another one."
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be done; nothing is written.")
 @click.option(
     "--explain", is_flag=True, help="Show every reason why something is left alone; with -v, every node too."
@@ -90,6 +99,8 @@ def command(
     skip: tuple[str, ...],
     weights: Literal["link", "copy", "prepacked"] | None,
     verify: Literal["each", "final", "none"],
+    static: tuple[str, ...],
+    no_fallback: bool,
     dry_run: bool,
     explain: bool,
     output: Output,
@@ -101,6 +112,7 @@ def command(
     and may be left out of a dry run. A model in which nothing can be done is copied, and the report says why.
     """
     from sparse_onnx.optimize.api import optimize
+    from sparse_onnx.optimize.static import parse as parse_sizes
 
     source = positional["in"]  # a keyword of the language, hence not a parameter
     chosen = parse_passes(passes)
@@ -121,6 +133,8 @@ def command(
             threads=threads,
             tuning=tuning,
             **skipping,
+            static=[parse_sizes(text) for text in static],
+            no_fallback=no_fallback,
             progress=progress,
         )
     output.report(report, explain=explain)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparse_onnx.cli.grouped import block_rows, refusal_lines
+from sparse_onnx.cli.placing import placement_lines, static_lines
 from sparse_onnx.cli.skipping import site_rows, summary
 from sparse_onnx.cli.text import count, plain, size
 from sparse_onnx.core.report import (
@@ -50,11 +51,10 @@ def render(report: Report, out: Console, *, verbose: bool = False, explain: bool
         _verify(out, report.verify, verbose)
     if report.bench is not None:
         _bench(out, report.bench)
-    if report.placement:
-        line(
-            out,
-            "runs on " + ", ".join(f"{place.provider} ({place.nodes} nodes)" for place in report.placement),
-        )
+    for text in static_lines(report.static or ()):
+        line(out, text)
+    for text in placement_lines(report.placement) if report.placement else ():
+        line(out, text)
     if report.diff is not None:
         _diff(out, report.diff)
     for note in report.notes:
@@ -157,7 +157,8 @@ def _verify(out: Console, record: VerifyRecord, verbose: bool) -> None:
     margin = (
         f", {record.tokens_left_out} tokens of near-tied routing left out" if record.tokens_left_out else ""
     )
-    verdict = "verified: same answers" if record.passed else "NOT the same answers"
+    where = f", on {record.on}" if record.on else ""
+    verdict = f"verified{where}: same answers" if record.passed else "NOT the same answers"
     line(out, f"{verdict} ({record.method}), {record.runs} runs{error}{margin}")
     if record.failure:
         line(out, f"  {record.failure}")

@@ -85,6 +85,7 @@ class VerifyRecord:
 
     `passed` is None when nothing was compared. `inputs` describes each run. `tokens_left_out` counts tokens whose
     routing is a near-tie that rounding flips (`router_margin` is the smallest margin seen); they are not compared.
+    `on` is what ran the result, where that is not this onnxruntime's CPU provider.
     """
 
     method: Literal["whole", "blocks", "none"]
@@ -96,6 +97,7 @@ class VerifyRecord:
     router_margin: float | None = None
     tokens_left_out: int = 0
     failure: str | None = None
+    on: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,9 +204,50 @@ class ThresholdsRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class FitRecord:
+    """The form that a target runs of one kind of block.
+
+    `by`: the runtime that it was tried on, or ``profile``. `whole`: all of it lies on the provider; else `left` has the
+    operators that do not. `rejected`: the forms before it, and why.
+    """
+
+    block: str
+    blocks: int
+    form: str | None
+    by: str
+    whole: bool
+    left: list[str]
+    rejected: list[str]
+    names: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class PlacementRecord:
+    """One provider's part of a model.
+
+    `by`: the runtime that tells, or ``profile``. `partitions` counts the pieces that it got, `operators`
+    its nodes by operator, `guilty` names those that the target's own provider left to it. `values` and `bytes` are what
+    it hands to the others and gets from them in one run, open sizes taken as 1, as far as names can be followed.
+    """
+
     provider: str
     nodes: int
+    partitions: int | None = None
+    by: str | None = None
+    operators: dict[str, int] | None = None
+    guilty: list[str] | None = None
+    values: int | None = None
+    bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticRecord:
+    """A graph of fixed sizes that was made beside or in place of the dynamic one."""
+
+    path: str | None
+    sizes: dict[str, int]
+    verify: VerifyRecord
+    placement: list[PlacementRecord]
 
 
 @dataclasses.dataclass
@@ -221,6 +264,8 @@ class Report:
     verify: VerifyRecord | None = None
     bench: BenchRecord | None = None
     placement: list[PlacementRecord] | None = None
+    fitting: list[FitRecord] | None = None
+    static: list[StaticRecord] | None = None
     diff: dict[str, Any] | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -240,7 +285,9 @@ class Report:
             "thresholds": _plain(self.thresholds),
             "verify": _plain(self.verify),
             "bench": _plain(self.bench),
-            "placement": None if self.placement is None else [_plain(record) for record in self.placement],
+            "placement": None if self.placement is None else [_told(record) for record in self.placement],
+            "fitting": None if self.fitting is None else [_plain(record) for record in self.fitting],
+            "static": None if self.static is None else [_plain(record) for record in self.static],
             "diff": self.diff,
             "notes": list(self.notes),
         }
@@ -264,6 +311,11 @@ def tool_versions() -> dict[str, str]:
 
 def _plain(record: Any) -> Any:
     return None if record is None else dataclasses.asdict(record)
+
+
+def _told(record: PlacementRecord) -> dict[str, Any]:
+    """Without what the runtime does not tell."""
+    return {key: value for key, value in dataclasses.asdict(record).items() if value is not None}
 
 
 def _finite(value: Any) -> Any:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,26 +18,30 @@ from sparse_onnx import targets
 from sparse_onnx.blocks import neutral_blocks
 from sparse_onnx.blocks.lowering import Form, want
 from sparse_onnx.core.errors import ImpossibleError, UsageError, VerificationError
-from sparse_onnx.core.report import Refusal, Report, TuningRecord, VerifyRecord
+from sparse_onnx.core.report import Refusal, Report, StaticRecord, VerifyRecord
 from sparse_onnx.graph import files, genai, io, stats
 from sparse_onnx.graph.save import place
 from sparse_onnx.graph.valid import invalid
 from sparse_onnx.inspect.blocks import block_records
-from sparse_onnx.optimize import runner, tuning_file
-from sparse_onnx.optimize.candidates import kinds
+from sparse_onnx.optimize import fitting, runner
+from sparse_onnx.optimize import static as fixed
 from sparse_onnx.optimize.checks import OUR_FAULT, Checks, Verify, require_dtypes
 from sparse_onnx.optimize.choose import choose, parse_form
 from sparse_onnx.optimize.materialised import materialised
+from sparse_onnx.optimize.placing import place_model, require_no_fallback
 from sparse_onnx.optimize.prepacked import save_prepacked
 from sparse_onnx.optimize.request import request
 from sparse_onnx.optimize.resident import note, residency
 from sparse_onnx.optimize.thresholds import Thresholds
+from sparse_onnx.optimize.tuned import tuned
 from sparse_onnx.optimize.tuning_file import TuningFile
 from sparse_onnx.passes import Phase
 from sparse_onnx.passes.fuse_moe_op import REQUIRES_KEY
 from sparse_onnx.passes.insert_thresholds import InsertThresholds
 from sparse_onnx.sparsify.plan import Plan
 from sparse_onnx.targets import machine
+from sparse_onnx.targets.places import CPU
+from sparse_onnx.verify.inputs import sized_inputs
 
 
 def optimize(
@@ -62,6 +69,8 @@ def optimize(
     threshold_mode: str = "native",
     dense_first: int | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    static: Sequence[Mapping[str, int]] = (),
+    no_fallback: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Rewrites a model so that the target neither computes nor reads what is not active.
@@ -91,13 +100,17 @@ def optimize(
         threshold_mode: `native`, `gather` or `simulate`.
         dense_first: so many first positions, and all of prefill, skip nothing; None: every token skips.
         tokenizer: of `eval_data`, where none lies beside the model.
+        static: sizes by axis, ``{"batch": 1, "sequence": 1}``, each for a graph without open sizes: the first is `out`,
+            others go beside it and share its weights.
+        no_fallback: nodes that the target's provider does not run are an error.
         progress: called with a line at each step.
 
     Raises:
         UsageError: unknown target, form, pass or option.
         ModelError: the model is unreadable, unsafe or broken.
         VerificationError: the result differs, or misses its budget; nothing was written.
-        ImpossibleError: the target cannot run the result, or so much cannot be skipped.
+        ImpossibleError: the target cannot run the result, or not all of it where `no_fallback` asks for that; or so
+            much cannot be skipped.
     """
     if out is None and not dry_run:
         raise UsageError("no OUT given", "name the file to write, or ask for a dry run")
@@ -107,6 +120,10 @@ def optimize(
     asked = parse_form(form, profile)
     if asked is not None and (tune or tuning is not None):
         raise UsageError(f"form '{form}' leaves nothing to tune", "leave out --form, --tune or --tuning")
+    if tune and profile.provider != CPU:
+        raise UsageError(
+            f"--tune measures on {CPU}, and target '{profile.name}' is {profile.provider}", "leave out --tune"
+        )
     settings = {name: dict(chosen) for name, chosen in (passes or {}).items()}
     if quantize is not None:
         settings.setdefault("quantize_experts", {})["bits"] = quantize.removeprefix("int")
@@ -126,7 +143,7 @@ def optimize(
         settings.setdefault("insert_thresholds", {})
     elif budget is not None or sparsity is not None or eval_data or dense_first is not None:
         raise UsageError("thresholds come from a calibration", "--thresholds CALIB.json names it")
-    planned = runner.plan(profile.forms, settings, skip)
+    planned = runner.plan(profile.form_names, settings, skip)
     measured = TuningFile(tuning) if tuning is not None else None
     if measured is not None and not tune and not measured.entries:
         raise UsageError(
@@ -135,7 +152,11 @@ def optimize(
     model = io.load(source)
     report = Report("optimize", target=profile.name, model=stats.record(model, os.fspath(source)))
 
+    graphs = fixed.required(model, static, profile.name, profile.static)
+    for sizes in graphs:
+        fixed.specialise(model, sizes)  # what is wrong with them is said before anything is done
     checks = Checks(verify, profile, source, progress)
+    checks.fixed = bool(graphs)
     skips = None
     if skipping is not None:
         assert report.model is not None and report.model.fingerprint is not None
@@ -154,9 +175,15 @@ def optimize(
             planned[:] = [_with_plan(item, plan) for item in planned]
         if phase == "lower":
             found: dict[str, Form] = {}
+            folder = Path(os.path.abspath(out if out is not None else source)).parent
+            if asked is None and fitting.needed(profile):
+                report.fitting = fitting.fit(
+                    model, profile, planned, tokens=_tokens(graphs), folder=folder, progress=progress
+                )
+                found = fitting.chosen(report.fitting)
+                report.notes += fitting.described(report.fitting, profile)
             if tune or measured is not None:
-                folder = Path(os.path.abspath(out if out is not None else source)).parent
-                report.tuning, found = _tuned(
+                report.tuning, measured_forms = tuned(
                     model,
                     profile,
                     planned,
@@ -167,6 +194,7 @@ def optimize(
                     folder,
                     progress,
                 )
+                found = found | measured_forms
             report.notes += choose(model, profile, asked, found)
         checks.before(phase, model)
 
@@ -194,7 +222,6 @@ def optimize(
             skips.set(model)
             if report.verify.passed is None and skips.compared:
                 report.verify = VerifyRecord("blocks", True, inputs=["each thresholded layer"])
-        report.placement = checks.placement
         report.notes += [*result.notes, *checks.notes]
         if REQUIRES_KEY in model.metadata_props:
             report.notes.append(f"the result needs {model.metadata_props[REQUIRES_KEY]}")
@@ -203,6 +230,24 @@ def optimize(
                 "float16 weights: the provider computes in float32, and keeps float32 copies of them"
             )
     report.blocks = block_records(model)
+    report.notes += checks.where_verified()
+    fixed_graphs = [fixed.specialise(model, sizes) for sizes in graphs]
+    report.static = [
+        StaticRecord(
+            None if out is None else os.fspath(fixed.beside(Path(out), sizes, at == 0)),
+            sizes,
+            checks.static(graph, f"the graph of {fixed.named(sizes)}"),
+            place_model(graph, profile, functools.partial(sized_inputs, graph, 1, 1), static=True),
+        )
+        for at, (sizes, graph) in enumerate(zip(graphs, fixed_graphs, strict=True))
+    ] or None
+    if report.static is not None:
+        report.placement = report.static[0].placement
+    else:
+        report.placement = place_model(model, profile, functools.partial(sized_inputs, model, 1, 4))
+    for placement in [report.placement, *(each.placement for each in report.static or ())]:
+        if no_fallback:
+            require_no_fallback(placement, profile)
     if dry_run:
         report.notes.append("dry run: nothing written")
         report.notes += [f"{item.step.phase}: {item.step.name} - {item.reason}" for item in planned]
@@ -218,6 +263,8 @@ def optimize(
     else:
         io.save(model, out, weights=weights)
         resident = note(found)
+    if graphs:
+        fixed.save(out, graphs)
     report.output = stats.record(io.load(out), os.fspath(out))
     if resident is not None:
         report.notes.append(resident)
@@ -245,54 +292,11 @@ def _chosen(phase: Phase, model: ir.Model, profile: targets.TargetProfile, asked
         choose(model, profile, asked, {})
 
 
-def _tuned(
-    model: ir.Model,
-    profile: targets.TargetProfile,
-    planned: Sequence[runner.Planned],
-    tune: bool,
-    file: TuningFile | None,
-    tokens: Sequence[int],
-    threads: int,
-    folder: Path,
-    progress: Callable[[str], None] | None,
-) -> tuple[TuningRecord, dict[str, Form]]:
-    """The form of each block, measured here or read from the file."""
-    from sparse_onnx.optimize import tune as tuner
-
-    if tune:
-        environment = tuning_file.environment(threads)
-        usable = file is not None and file.fits(environment)
-        found = tuner.measure(
-            model,
-            profile,
-            planned,
-            tokens=tokens,
-            threads=threads,
-            folder=folder,
-            known=lambda kind: file.get(kind, tokens) if file is not None and usable else None,
-            progress=progress,
-        )
-        if file is not None:
-            file.save(found, environment)
-        source = None
-    else:
-        assert file is not None
-        found, source = [], os.fspath(file.path)
-        for kind in kinds(model):
-            entry = file.get(kind)
-            if entry is None:
-                raise UsageError(
-                    f"no measurement of blocks such as '{kind.names[0]}'",
-                    "--tune adds it to the file",
-                    source,
-                )
-            found.append(entry)
-        tokens = sorted({count for item in found for row in item.ratios.values() for count in row})
-        threads = int(file.environment.get("threads", threads))
-    record = tuner.record(found, tokens, threads, source)
-    if file is not None and not tune:
-        record = dataclasses.replace(record, processor=str(file.environment.get("processor", "unknown")))
-    return record, {name: item.chosen for item in found for name in item.kind.names}
+def _tokens(graphs: Sequence[Mapping[str, int]]) -> int | None:
+    """Of one run of the first static graph, as far as its sizes tell; None where there is none."""
+    if not graphs:
+        return None
+    return math.prod(size for name, size in graphs[0].items() if not re.search("past|total", name.lower()))
 
 
 def _require_valid(model: ir.Model, source: str | os.PathLike[str]) -> None:

@@ -106,6 +106,19 @@ def build(model: ir.Model, name: str, form: Form, planned: Sequence[Planned], pa
     Raises:
         NotBuilt: the form refuses the block, or the block cannot stand alone.
     """
+    alone, inputs, row = alone_in(model, name, form, planned)
+    io.save(alone, path, weights="copy")
+    return Alone(path, inputs, row)
+
+
+def alone_in(
+    model: ir.Model, name: str, form: Form, planned: Sequence[Planned]
+) -> tuple[ir.Model, tuple[str, str, str], tuple[int, ...]]:
+    """The model that `build` writes, names of its inputs, and the sizes of one token.
+
+    Raises:
+        NotBuilt: the form refuses the block, or the block cannot stand alone.
+    """
     copy = model.clone()
     for block in neutral_blocks(copy):
         want(block.node, [form if block.name == name else _NONE])
@@ -129,5 +142,4 @@ def build(model: ir.Model, name: str, form: Form, planned: Sequence[Planned], pa
         alone = extract(copy, lowered, named_values(copy), types, row)
     except ValueError as error:
         raise NotBuilt(str(error)) from None
-    io.save(alone, path, weights="copy")
-    return Alone(path, (lowered.tokens, lowered.expert_index, lowered.expert_weight), row)
+    return alone, (lowered.tokens, lowered.expert_index, lowered.expert_weight), row

@@ -1,7 +1,8 @@
-"""When `optimize` compares what it made with what it was given."""
+"""Compares what `optimize` makes with what it was made from, on the target where it can be run here."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import Literal
@@ -12,7 +13,7 @@ from sparse_onnx import targets
 from sparse_onnx.core.collector import paused
 from sparse_onnx.core.errors import ImpossibleError, VerificationError
 from sparse_onnx.core.passes import Outcome
-from sparse_onnx.core.report import PlacementRecord, VerifyRecord
+from sparse_onnx.core.report import VerifyRecord
 from sparse_onnx.graph import io, stats
 from sparse_onnx.graph.annotate import annotate
 from sparse_onnx.optimize import runner
@@ -23,15 +24,22 @@ from sparse_onnx.passes.repair_cast_transpose import RepairCastTranspose
 from sparse_onnx.passes.repair_scatter_add import RepairScatterAdd
 from sparse_onnx.sparsify.dial import set_level
 from sparse_onnx.sparsify.record import thresholds_of
+from sparse_onnx.targets import places
 from sparse_onnx.verify.api import available_memory
-from sparse_onnx.verify.lowering import verify_lowering
-
-#: What two sessions may need for each byte of weights.
-_COPIES = 4
+from sparse_onnx.verify.compare import TOLERANCES
+from sparse_onnx.verify.inputs import Case, Size, sized_inputs
+from sparse_onnx.verify.lowering import WHOLE_BYTES, default_threads, verify_lowering
+from sparse_onnx.verify.routing import NEAR_TIE
+from sparse_onnx.verify.whole import compare_whole
 
 Verify = Literal["each", "final", "none"]
 
 OUR_FAULT = "nothing was written; please report it, this is a fault of sparse-onnx"
+
+#: What two sessions may need for each byte of weights.
+_COPIES = 4
+#: Inputs of a graph of one size: that many draws, and one for which all tokens are alike.
+_DRAWS = 12
 
 
 class Checks:
@@ -49,11 +57,13 @@ class Checks:
         progress: Callable[[str], None] | None,
     ) -> None:
         self.when, self.profile, self.source, self.progress = when, profile, source, progress
+        self.where = places.place(profile) or places.CPU
         self.original: ir.Model | None = None
         self.skips = ""
         """The mode of the thresholds that were inserted."""
+        self.fixed = False
+        """Whether graphs of one size are made, which alone run on the target."""
         self.neutral: ir.Model | None = None
-        self.placement: list[PlacementRecord] | None = None
         self.notes: list[str] = []
 
     def before(self, phase: Phase, model: ir.Model) -> None:
@@ -94,22 +104,123 @@ class Checks:
         exact = self.skips not in ("", "simulate")
         if exact:
             original, neutral, candidate = (unrounded(each) for each in (original, neutral, candidate))
-        record, note = verify_lowering(
+        where = places.CPU if self.fixed else self.where  # see `static`
+        record, note = self._run(original, neutral, candidate, where, exact)
+        if note and note not in self.notes:
+            self.notes.append(note)
+        if record.passed is None and self.skips:  # no blocks: layers are compared one by one, later
+            return record
+        if not record.passed:
+            theirs = where != places.CPU and bool(
+                self._run(original, neutral, candidate, places.CPU, exact)[0].passed
+            )
+            raise self._differs(what, where, record, theirs)
+        return dataclasses.replace(record, on=None if where == places.CPU else places.described(where))
+
+    def _run(
+        self, original: ir.Model, neutral: ir.Model, model: ir.Model, where: str, exact: bool
+    ) -> tuple[VerifyRecord, str]:
+        tolerance, near_tie = self._tolerances(where)
+        return verify_lowering(
             original,
             neutral,
-            candidate,
-            provider=self.profile.provider,
+            model,
+            provider=where,
+            tolerance=tolerance,
+            near_tie=near_tie,
             progress=self.progress,
             entries=EXACT if exact else None,
             whole=bool(self.skips) and _fits(original),
         )
-        if note and note not in self.notes:
-            self.notes.append(note)
-        alone = record.passed is None and bool(self.skips)  # no blocks: layers are compared one by one, later
-        if not record.passed and not alone:
-            raise VerificationError(f"{what} differs from its original: {record.failure}", OUR_FAULT)
-        self.placement = [PlacementRecord(self.profile.provider, stats.node_count(model))]
-        return record
+
+    def where_verified(self) -> list[str]:
+        """What must be said where the target could not be tried."""
+        if (
+            self.when == "none"
+            or self.profile.provider == places.CPU
+            or places.place(self.profile) is not None
+        ):
+            return []
+        needs = (
+            self.profile.needs
+            or f"its runtime: python -m sparse_onnx.targets.runtimes install {self.profile.runtime}"
+        )
+        return [
+            f"{self.profile.provider} cannot be run here (it needs {needs}): compared on {places.CPU}, "
+            "placed by the profile"
+        ]
+
+    def static(self, model: ir.Model, what: str) -> VerifyRecord:
+        """A graph of one size, whose dynamic one was verified, with the original: on the target where it can be run."""
+        if self.when == "none":
+            return VerifyRecord("none", None)
+        if self.original is None:
+            self.original = _reference(self.source)
+        size = max(stats.weight_bytes(self.original), stats.weight_bytes(model))
+        if size > WHOLE_BYTES or self.neutral is self.original:
+            return VerifyRecord(
+                "none", None, failure="not run whole; the dynamic graph was compared block by block"
+            )
+        if self.progress is not None:
+            self.progress(f"verifying {what}")
+        record = self._run_static(self.original, model, what, self.where)
+        if record.passed is False:
+            elsewhere = self.where != places.CPU
+            fault = elsewhere and self._run_static(self.original, model, what, places.CPU).passed
+            raise self._differs(what, self.where, record, theirs=bool(fault))
+        return dataclasses.replace(
+            record, on=None if self.where == places.CPU else places.described(self.where)
+        )
+
+    def _run_static(self, original: ir.Model, model: ir.Model, what: str, where: str) -> VerifyRecord:
+        tolerance, near_tie = self._tolerances(where)
+        return compare_whole(
+            original,
+            model,
+            _draws(model),
+            threads=default_threads(),
+            provider=where,
+            tolerance=tolerance,
+            near_tie=near_tie,
+            names=("the original", what),
+            progress=self.progress,
+            cover=False,
+        )
+
+    def _tolerances(self, where: str) -> tuple[float | None, float | None]:
+        """Accepted error, and margin of a near-tie: what the target computes in decides how far from the CPU's results
+        its own may be. None: as the model's type."""
+        profile = self.profile
+        if where == places.CPU or (profile.precision == "float32" and not profile.tolerance):
+            return None, None
+        return (
+            profile.tolerance or TOLERANCES[profile.precision],
+            max(profile.tolerance, NEAR_TIE[profile.precision]),
+        )
+
+    def _differs(self, what: str, where: str, record: VerifyRecord, theirs: bool) -> VerificationError:
+        """`theirs`: the very same graph is right on the CPU, so that the target's kernels are at fault."""
+        if not theirs:
+            return VerificationError(
+                f"{what} differs from its original{_on(where)}: {record.failure}", OUR_FAULT
+            )
+        return VerificationError(
+            f"{self.profile.provider} ({places.described(where)}) gets {what} wrong, and {places.CPU} gets it right: "
+            f"{record.failure}",
+            "nothing was written; another size or --form may go round the fault",
+        )
+
+
+def _on(where: str) -> str:
+    return "" if where == places.CPU else f" on {places.described(where)}"
+
+
+def _draws(model: ir.Model) -> list[Case]:
+    kinds = [*(("random", seed) for seed in range(_DRAWS)), ("one", _DRAWS)]
+    return [
+        Case(f"draw {seed}", Size(1, 1), sized_inputs(model, 1, 1, kind=kind, seed=seed))  # type: ignore[arg-type]
+        for kind, seed in kinds
+    ]
 
 
 def _fits(model: ir.Model) -> bool:

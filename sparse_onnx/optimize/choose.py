@@ -32,17 +32,17 @@ def parse_form(text: str, profile: TargetProfile) -> Form | None:
     """
     if text == "auto":
         return None
-    takes = f"it takes: auto, {', '.join(profile.forms)}"
+    takes = f"it takes: auto, {', '.join(profile.form_names)}"
     try:
         form = Form.parse(text)
     except ValueError as error:
         raise UsageError(f"form {error}", takes) from None
-    if form.name not in profile.forms:
+    if form.name not in profile.form_names:
         known = {name for step in PIPELINE for name in step.forms}
         if form.name in known:
             raise UsageError(f"target '{profile.name}' does not take the form '{form.name}'", takes)
         raise UsageError(f"unknown form '{form.name}'", takes)
-    return form
+    return form if form.options else Form.parse(profile.form(form.name))
 
 
 def choose(
@@ -65,10 +65,13 @@ def choose(
         block.node: _wish(block, profile, asked, (measured or {}).get(block.name), everything)
         for block in found
     }
-    notes = _spare_mappings(model, found, wishes) if asked is None and _PACKED in profile.forms else []
+    notes = _spare_mappings(model, found, wishes) if asked is None and _PACKED in profile.form_names else []
     for block in found:
         first = wishes[block.node]
-        want(block.node, [first, *(Form(name) for name in profile.forms[:1] if name != first.name)])
+        rest = (
+            Form.parse(text) for text in (profile.forms[:1] if asked or not profile.static else profile.forms)
+        )
+        want(block.node, [first, *(form for form in rest if form.name != first.name)])
     return notes
 
 
@@ -91,7 +94,7 @@ def _wish(
     if form is None:
         bits = stored_bits(block)
         rules = (rule for rule in profile.rules if rule.holds(bits, block.experts or 0, everything))
-        form = next((Form.parse(rule.form) for rule in rules), Form(profile.forms[0]))
+        form = next((Form.parse(rule.form) for rule in rules), Form.parse(profile.forms[0]))
     return form
 
 

@@ -134,7 +134,7 @@ class _Tuner:
         block = next(each for each in neutral_blocks(self.model) if each.name == kind.names[0])
         bits = str(stored_bits(block))
         candidates = [Form.parse(text) for text in self.profile.candidates.get(bits, ())]
-        default = Form(self.profile.forms[0])
+        default = Form.parse(self.profile.forms[0])
         left_out: dict[str, str] = {}
         base = self._build(kind, default, "default", left_out)
         times = _Times(str(default), self.tokens)
@@ -188,7 +188,7 @@ class _Tuner:
         sessions = [contestants.create(each.path, self.threads) for each in (first, second)]
         results = {}
         for count in self.tokens:
-            feeds = [_feeds(kind, count, first.row, seed + number) for number in range(_INPUTS)]
+            feeds = [draw_feeds(kind, count, first.row, seed + number) for number in range(_INPUTS)]
             runs = []
             for name, built, session in zip("ab", (first, second), sessions, strict=True):
                 own = [dict(zip(built.inputs, arrays, strict=True)) for arrays in feeds]
@@ -245,7 +245,7 @@ def working_bytes(kind: Kind, form: Form, tokens: int) -> int:
     return 0
 
 
-def _feeds(
+def draw_feeds(
     kind: Kind, tokens: int, row: Sequence[int], seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens, distinct experts of each token, and weights that add up to 1; odd seeds favour a few experts."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from sparse_onnx.core.errors import ImpossibleError, ModelError, OutsideError
+from sparse_onnx.core.errors import ImpossibleError, ModelError, OutsideError, SparseOnnxError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 #: Where a model that is given as bytes finds its external data.
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+
+#: ORT keeps which provider each node was given to.
+RECORD_KEY = "session.record_ep_graph_assignment_info"
 
 #: See `plans_memory_reuse`.
 _MANY_NODES = 2000
@@ -68,17 +71,19 @@ def create_session(
     name: str = "",
     optimized_to: str | os.PathLike[str] | None = None,
     kernels: bool = False,
+    record: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session for a file, or for a model in memory whose external weights all lie in one folder.
 
     Args:
         model: path of an .onnx file, or an ir.Model.
         threads: intra-op threads.
-        provider: full name of an execution provider.
+        provider: full name of an execution provider of this onnxruntime, or a place as in `places`.
         entries: session configuration entries.
         name: what to call a model in memory in messages.
         optimized_to: a file that ORT writes the model to as it runs it.
         kernels: run our native kernels, which must have been built.
+        record: which provider gets which node can be asked afterwards (`placement.placed`).
 
     Raises:
         ModelError: ORT cannot load the model.
@@ -86,7 +91,20 @@ def create_session(
     """
     import onnxruntime
 
+    from sparse_onnx.targets import places
+
     entries = dict(entries or {})
+    if places.is_elsewhere(provider):
+        try:
+            return places.start(provider, model, entries, record=record)
+        except places.Failed as error:
+            raise _refused(error, name or (model if isinstance(model, str) else "")) from error
+    if record:
+        entries[RECORD_KEY] = "1"
+    given: dict[str, str] = {}
+    if provider != places.CPU:
+        recommended = places.recommended(provider)
+        entries, given = {**recommended[0], **entries}, dict(recommended[1])
     if isinstance(model, ir.Model):
         folder = external_folder(model)
         if folder is not None:
@@ -106,14 +124,18 @@ def create_session(
 
         register_kernels(options)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=[provider])
+        return onnxruntime.InferenceSession(source, options, providers=[(provider, given)])
     except Exception as error:  # ORT's exceptions share no base class
-        message = _first_line(error)
-        if type(error).__name__ == "NotImplemented":
-            raise ImpossibleError(f"onnxruntime has no kernel: {message}", where=name) from error
-        raise ModelError(
-            f"onnxruntime cannot load the model: {message}", "check it with onnx.checker", where=name
-        ) from error
+        raise _refused(error, name) from error
+
+
+def _refused(error: Exception, name: str) -> SparseOnnxError:
+    message = first_line(error)
+    if getattr(error, "kind", type(error).__name__) == "NotImplemented":
+        return ImpossibleError(f"onnxruntime has no kernel: {message}", where=name)
+    return ModelError(
+        f"onnxruntime cannot load the model: {message}", "check it with onnx.checker", where=name
+    )
 
 
 def run(
@@ -127,7 +149,7 @@ def run(
     try:
         return session.run(None, feeds)
     except Exception as error:
-        raise OutsideError(f"onnxruntime failed while running: {_first_line(error)}", where=name) from error
+        raise OutsideError(f"onnxruntime failed while running: {first_line(error)}", where=name) from error
 
 
 def release_memory(path: str | os.PathLike[str]) -> None:
@@ -188,6 +210,7 @@ def external_folder(model: ir.Model) -> str | None:
     return folders.pop() if folders else None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception of the runtime says first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:400]

@@ -19,6 +19,7 @@ from sparse_onnx.core.errors import SparseOnnxError
 from sparse_onnx.core.report import VerifyRecord
 from sparse_onnx.graph import stats
 from sparse_onnx.targets import session as sessions
+from sparse_onnx.targets.places import CPU
 from sparse_onnx.verify.blocks import GROUP_BYTES, compare_blocks
 from sparse_onnx.verify.inputs import Case, cases
 from sparse_onnx.verify.whole import compare_whole
@@ -38,7 +39,9 @@ def verify_lowering(
     neutral: ir.Model,
     lowered: ir.Model,
     *,
-    provider: str = "CPUExecutionProvider",
+    provider: str = CPU,
+    tolerance: float | None = None,
+    near_tie: float | None = None,
     progress: Callable[[str], None] | None = None,
     entries: dict[str, str] | None = None,
     whole: bool = False,
@@ -64,12 +67,14 @@ def verify_lowering(
                 runs,
                 threads=threads,
                 provider=provider,
+                tolerance=tolerance,
+                near_tie=near_tie,
                 progress=progress,
                 neutral=neutral,
                 entries=entries,
             )
         except SparseOnnxError:
-            reason = _why_not(original, runs, provider)
+            reason = _why_not(original, runs)
             if not reason or neutral is original:
                 raise
             runnable = neutral.clone()
@@ -80,15 +85,23 @@ def verify_lowering(
                 runs,
                 threads=threads,
                 provider=provider,
+                tolerance=tolerance,
+                near_tie=near_tie,
                 progress=progress,
                 entries=entries,
             )
         return (
             record,
-            reason and f"the original does not run on {provider}: {reason}; compared with the neutral form",
+            reason and f"the original does not run on {CPU}: {reason}; compared with the neutral form",
         )
     record = compare_blocks(
-        neutral, lowered, memory=GROUP_BYTES, threads=threads, provider=provider, progress=progress
+        neutral,
+        lowered,
+        memory=GROUP_BYTES,
+        threads=threads,
+        provider=provider,
+        tolerance=tolerance,
+        progress=progress,
     )
     return record, "kernels round activations to 8 bits: compared block by block" if rounds else ""
 
@@ -99,10 +112,10 @@ def _dequantized_bytes(model: ir.Model) -> int:
     return sum(4 * math.prod(weight.shape) for weight in weights if weight is not None)
 
 
-def _why_not(model: ir.Model, runs: Sequence[Case], provider: str) -> str:
-    """Why the provider cannot run the model at all; nothing where it can."""
+def _why_not(model: ir.Model, runs: Sequence[Case]) -> str:
+    """Why the CPU provider cannot run the model at all; nothing where it can."""
     try:
-        session = sessions.create_session(model, threads=default_threads(), provider=provider)
+        session = sessions.create_session(model, threads=default_threads())
         sessions.run(session, next(case for case in runs if not case.optional).feeds)
     except SparseOnnxError as error:
         return error.message

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from sparse_onnx.core.errors import OutsideError
 from sparse_onnx.core.report import VerifyRecord
 from sparse_onnx.targets import session as sessions
+from sparse_onnx.targets.places import CPU
 from sparse_onnx.verify.blocks import GROUP_BYTES, compare_blocks
 from sparse_onnx.verify.compare import Difference, difference
 from sparse_onnx.verify.coverage import Coverage, describe
@@ -24,8 +25,15 @@ class Observed:
     """A model in ORT whose routing can be watched."""
 
     def __init__(
-        self, model: ir.Model, threads: int, provider: str, name: str, entries: dict[str, str] | None = None
+        self,
+        model: ir.Model,
+        threads: int,
+        provider: str,
+        name: str,
+        entries: dict[str, str] | None = None,
+        near_tie: float | None = None,
     ) -> None:
+        self.near_tie = near_tie
         self.watch = routers(model)
         self.outputs = len(model.graph.outputs)
         copy = observed(model, self.watch)
@@ -37,7 +45,13 @@ class Observed:
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> tuple[list[np.ndarray], dict[str, Decision]]:
         results = sessions.run(self.session, feeds, self.name)
-        return results[: self.outputs], decisions(self.watch, dict(zip(self.names, results, strict=True)))
+        found = decisions(self.watch, dict(zip(self.names, results, strict=True)))
+        if self.near_tie is not None:
+            found = {
+                name: dataclasses.replace(each, near_tie=max(each.near_tie, self.near_tie))
+                for name, each in found.items()
+            }
+        return results[: self.outputs], found
 
 
 def compare_whole(
@@ -54,6 +68,8 @@ def compare_whole(
     memory: int = GROUP_BYTES,
     neutral: ir.Model | None = None,
     entries: dict[str, str] | None = None,
+    near_tie: float | None = None,
+    cover: bool = True,
 ) -> VerifyRecord:
     """Runs both models on every case, repeated ones several times, and compares all outputs.
 
@@ -65,7 +81,8 @@ def compare_whole(
         candidate: what is judged, with the same inputs.
         cases: the runs.
         threads: intra-op threads of both sessions.
-        provider: execution provider of both sessions.
+        provider: execution provider of the candidate's session, or a place (`targets.places`). The reference runs on
+            the CPU.
         tolerance: accepted relative error; None takes the type's.
         names: what to call the two in messages.
         candidate_path: run the candidate from this file, as deployed, instead of from memory.
@@ -73,8 +90,11 @@ def compare_whole(
         memory: bytes of weights that may be mapped at once where a block is compared alone.
         neutral: the reference with its functions inlined and its blocks named apart; None where it is so itself.
         entries: configuration of all sessions.
+        near_tie: margin below which another choice of a router is rounding, where the provider computes in a coarser
+            type than the model's.
+        cover: whether experts that no case reached are compared besides.
     """
-    original = Observed(reference, threads, provider, names[0], entries)
+    original = Observed(reference, threads, CPU, names[0], entries, near_tie)
     deployed = sessions.create_session(
         candidate_path if candidate_path is not None else candidate,
         threads=threads,
@@ -92,7 +112,7 @@ def compare_whole(
         not coverage
     ):  # the original spells its blocks in a way of its own: the candidate says where tokens went
         coverage = Coverage(candidate)
-        watched = Observed(candidate, threads, provider, names[1], entries) if coverage else None
+        watched = Observed(candidate, threads, provider, names[1], entries, near_tie) if coverage else None
     only_candidate = watched is not None
     verdict = _Verdict(original.outputs)
     margin, left_out, runs = np.inf, 0, 0
@@ -124,7 +144,7 @@ def compare_whole(
                 break
             found = _compare(expected, actual, tolerance)
             if before and not all(each.within for each in found):
-                watched = watched or Observed(candidate, threads, provider, names[1], entries)
+                watched = watched or Observed(candidate, threads, provider, names[1], entries, near_tie)
                 mask, reason = _near_ties(expected, before, watched, feeds)
                 if reason:
                     verdict.fail(case, reason)
@@ -149,7 +169,7 @@ def compare_whole(
         tokens_left_out=left_out,
         failure=verdict.failure(left_out),
     )
-    missed = coverage.missed()
+    missed = coverage.missed() if cover else []
     if not record.passed or not missed:
         return record
     whole_blocks = reference if neutral is None else neutral

@@ -42,6 +42,8 @@ def test_defaults(received: dict[str, Any]) -> None:
         "tune": False,
         "tokens": (1, 64),
         "threads": None,
+        "static": [],
+        "no_fallback": False,
         "tuning": None,
         "thresholds": None,
         "budget": None,

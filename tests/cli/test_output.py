@@ -35,7 +35,7 @@ TOP = [
     "verify",
     "bench",
 ]
-TOP += ["placement", "diff", "notes"]
+TOP += ["placement", "fitting", "static", "diff", "notes"]
 BLOCK = [
     "name",
     "kind",

@@ -181,7 +181,7 @@ def test_a_block_alone_gives_what_it_gives_in_the_model(source: Path, tmp_path: 
     [kind] = kinds(model)
     alone = build(model, kind.names[1], Form("grouped"), planned, tmp_path / "alone.onnx")
     rng = np.random.default_rng(0)
-    feeds = tuner._feeds(kind, 9, alone.row, 1)
+    feeds = tuner.draw_feeds(kind, 9, alone.row, 1)
     actual = session.run(session.create_session(alone.path), dict(zip(alone.inputs, feeds, strict=True)))[0]
     from sparse_onnx.blocks import blocks
 

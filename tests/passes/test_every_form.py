@@ -29,7 +29,9 @@ FORMS = [
     "branched:style=group,group=2",
     "branched:style=loop",
     "gathered",
+    "gathered:index=int32",
     "dense",
+    "dense:index=int32",
     "fused",
 ]
 EXPERTS, TOP_K, HIDDEN, INNER = 5, 2, 12, 10
