@@ -14,7 +14,8 @@
 #define JOIN(a, b) JOIN_(a, b)
 #define STRING_(a) #a
 #define STRING(a) STRING_(a)
-#define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))
+#define INLINE inline INLINED
 
 namespace sparse_onnx {
 namespace JOIN(level_, LEVEL) {

@@ -45,10 +45,10 @@ struct Level {
   // y[first..last) = the product of one row; y is whole, `first` a multiple of kColumns.
   void (*row)(const Weights&, const Kept&, float* y, int64_t first, int64_t last, float* scratch);
   int64_t (*row_scratch)(const Weights&, int64_t columns);  // floats that `row` needs
-  // y [tokens, columns], columns first..last. x is in parts of `depth` inputs, [ceil(count / depth), tokens, depth],
+  // y [tokens, columns] = products + bias, columns first..last. x is in parts of `depth` inputs, [ceil(count / depth), tokens, depth],
   // with zeros where inputs are skipped and behind the last; `index` has the rows of W that they belong to.
-  void (*rows)(const Weights&, const float* x, const int32_t* index, int64_t count, int64_t tokens, float* y,
-               int64_t first, int64_t last, float* scratch);
+  void (*rows)(const Weights&, const float* x, const int32_t* index, int64_t count, int64_t tokens, const float* bias,
+               float* y, int64_t first, int64_t last, float* scratch);
   int64_t rows_scratch;  // floats that `rows` needs
   int64_t depth;
   // Products of x [w.columns] with the rows of w that index names.

@@ -9,23 +9,34 @@ constexpr int kTokens = 3, kTile = 8;
 constexpr int kTokens = 3, kTile = 4;
 #endif
 constexpr int kDepth = kLanes == 16 ? 64 : 128;
+constexpr int kRun = 4;  // rows of weights for which one line is fetched
 constexpr int kStrip = 512;
-constexpr int kBatch = 255;  // tokens whose sums stay in the cache
+constexpr int kBatch = 258;  // tokens whose sums stay in the cache
+
+// Has a register hold what was loaded: compilers take it from memory again for each use, and loads become the limit.
+#if defined(__AVX512F__)
+#define HOLD(vector) asm("" : "+v"(vector))
+#elif defined(__SSE2__)
+#define HOLD(vector) asm("" : "+x"(vector))
+#elif defined(__aarch64__)
+#define HOLD(vector) asm("" : "+w"(vector))
+#else
+#define HOLD(vector)
+#endif
 
 static_assert(kStrip % kChunk == 0 && kStrip % kColumns == 0 && kVectors % kTile == 0 && kBatch % kTokens == 0, "");
 
-// Lines of memory that will be needed, a few at a time: `lines` in each of the rows.
+// Lines of memory that will be needed, one at a time: `bytes` of each of `count` rows.
 struct Ahead {
   const uint8_t* base;
   int64_t stride, bytes;
   const int32_t* index;
   int64_t count, row = 0, line = 0;
-  INLINE void fetch(int64_t some) {
-    for (; some > 0 && row < count; --some) {
-      __builtin_prefetch(base + index[row] * stride + line, 0, 2);
-      line += 64;
-      if (line >= bytes) line = 0, ++row;
-    }
+  INLINE void fetch() {
+    if (row >= count) return;
+    __builtin_prefetch(base + index[row] * stride + line, 0, 2);
+    line += 64;
+    if (line >= bytes) line = 0, ++row;
   }
 };
 
@@ -86,19 +97,26 @@ void unpack(const Weights& w, const int32_t* index, int64_t depth, int64_t first
 }
 
 template <int kCount>
-INLINE void tile(const float* x, const float* panel, int64_t depth, float* y, bool begin) {
+INLINE void tile(const float* x, const float* panel, int64_t depth, float* y, bool begin, Ahead& ahead) {
   Floats sum[kCount][kTile] = {};
-  for (int64_t k = 0; k < depth; ++k) {
+  const auto step = [&](int64_t k) INLINED {
     Floats value[kCount];
 #pragma GCC unroll 3
     for (int t = 0; t < kCount; ++t) value[t] = spread(x[t * kDepth + k]);
 #pragma GCC unroll 8
     for (int v = 0; v < kTile; ++v) {
-      const Floats weights = load<Floats>(panel + k * kChunk + v * kLanes);
+      Floats weights = load<Floats>(panel + k * kChunk + v * kLanes);
+      HOLD(weights);
 #pragma GCC unroll 3
       for (int t = 0; t < kCount; ++t) sum[t][v] += weights * value[t];
     }
+  };
+  int64_t k = 0;
+  for (; k + kRun <= depth; k += kRun) {
+    ahead.fetch();
+    for (int64_t at = k; at < k + kRun; ++at) step(at);
   }
+  for (; k < depth; ++k) step(k);
   for (int t = 0; t < kCount; ++t)
     for (int v = 0; v < kTile; ++v) {
       float* to = y + t * kStrip + v * kLanes;
@@ -107,8 +125,8 @@ INLINE void tile(const float* x, const float* panel, int64_t depth, float* y, bo
 }
 
 template <class R>
-void many(const Weights& w, const float* x, const int32_t* index, int64_t count, int64_t tokens, float* y,
-          int64_t first, int64_t last, float* panels) {
+void many(const Weights& w, const float* x, const int32_t* index, int64_t count, int64_t tokens, const float* bias,
+          float* y, int64_t first, int64_t last, float* panels) {
   float* sums = panels + kDepth * kStrip;
   const int64_t parts = (count + kDepth - 1) / kDepth, stride = w.columns * R::bits / 8;
   for (int64_t strip = first; strip < last; strip += kStrip)
@@ -125,35 +143,30 @@ void many(const Weights& w, const float* x, const int32_t* index, int64_t count,
           ahead.base += kStrip * R::bits / 8, ahead.bytes = least(kStrip, last - end) * R::bits / 8;
           ahead.count = least(kDepth, count);
         }
-        const int64_t tiles = chunks * ((some + kTokens - 1) / kTokens) * (kVectors / kTile);
-        const int64_t lines = (ahead.count * ((ahead.bytes + 63) / 64) + tiles - 1) / tiles;
         for (int64_t chunk = 0; chunk < chunks; ++chunk)
           for (int64_t t = 0; t < some; t += kTokens)
             for (int v = 0; v < kVectors; v += kTile) {
-              ahead.fetch(lines);
               const float *left = x + (part * tokens + token + t) * kDepth, *right = panels + chunk * kDepth * kChunk + v * kLanes;
               float* out = sums + t * kStrip + chunk * kChunk + v * kLanes;
               if (some - t >= kTokens)
-                tile<kTokens>(left, right, depth, out, part == 0);
+                tile<kTokens>(left, right, depth, out, part == 0, ahead);
               else if (some - t == 2)
-                tile<2>(left, right, depth, out, part == 0);
+                tile<2>(left, right, depth, out, part == 0, ahead);
               else
-                tile<1>(left, right, depth, out, part == 0);
+                tile<1>(left, right, depth, out, part == 0, ahead);
             }
       }
       for (int64_t t = 0; t < some; ++t) {
         float* to = y + (token + t) * w.columns + strip;
-        if (parts)
-          std::memcpy(to, sums + t * kStrip, (end - strip) * sizeof(float));
-        else
-          std::memset(to, 0, (end - strip) * sizeof(float));
+        const float *own = sums + t * kStrip, *more = bias + strip;
+        for (int64_t column = 0; column < end - strip; ++column) to[column] = (parts ? own[column] : 0) + more[column];
       }
     }
 }
 
-void rows(const Weights& w, const float* x, const int32_t* index, int64_t count, int64_t tokens, float* y,
-          int64_t first, int64_t last, float* scratch) {
+void rows(const Weights& w, const float* x, const int32_t* index, int64_t count, int64_t tokens, const float* bias,
+          float* y, int64_t first, int64_t last, float* scratch) {
   by_type(w.type, [&](auto reader) {
-    many<decltype(reader)>(w, x, index, count, tokens, y, first, last, scratch);
+    many<decltype(reader)>(w, x, index, count, tokens, bias, y, first, last, scratch);
   });
 }

@@ -11,7 +11,8 @@ namespace sparse_onnx {
 namespace {
 
 constexpr int64_t kAlone = 1 << 16;    // products below which waking threads costs more than it gives
-constexpr int64_t kLeastBytes = 512;   // of a row that one thread reads: shorter pieces waste the memory's pages
+constexpr int64_t kLeastRows = 16;     // that a thread takes
+constexpr int64_t kLeastBytes = 512;   // of a row that a thread reads, where threads share rows out
 constexpr int64_t kStrip = 512;        // columns that one thread computes for many tokens
 constexpr int64_t kUnion = 32;         // tokens up to which a row of weights may be needed by none
 
@@ -36,10 +37,6 @@ void by_columns(ort::KernelContext* context, int64_t columns, int64_t part, F&& 
            [&](int64_t at) { work(at * part, std::min(columns, (at + 1) * part)); });
 }
 
-void add_bias(const float* bias, float* y, int64_t first, int64_t last) {
-  for (int64_t column = first; column < last; ++column) y[column] += bias[column];
-}
-
 }  // namespace
 
 Wide::Wide(Type type, const void* data, int64_t count)
@@ -58,12 +55,28 @@ Bounds::Bounds(Type type, const Tensor& tau_tensor, const Tensor& centre_tensor,
 
 void product(ort::KernelContext* context, const Weights& w, const Kept& kept, const float* bias, float* y) {
   const Level& best = level();
-  int64_t part = w.columns;
-  if (kept.count * w.columns >= kAlone) part = std::max(kLeastBytes * 8 / bits(w.type), (w.columns + threads() - 1) / threads());
-  by_columns(context, w.columns, part, [&](int64_t first, int64_t last) {
-    best.row(w, kept, y, first, last, scratch(best.row_scratch(w, last - first)));
-    add_bias(bias, y, first, last);
+  const int64_t most = kept.count * w.columns >= kAlone ? threads() : 1;
+  const int64_t by_rows = std::min(most, kept.count / kLeastRows);
+  if (by_rows < most || most == 1) {
+    by_columns(context, w.columns, std::max(kLeastBytes * 8 / bits(w.type), (w.columns + most - 1) / most),
+               [&](int64_t first, int64_t last) {
+                 best.row(w, kept, y, first, last, scratch(best.row_scratch(w, last - first)));
+                 for (int64_t column = first; column < last; ++column) y[column] += bias[column];
+               });
+    return;
+  }
+  // Whole rows, of which each thread takes some: memory is read in longer runs than where columns are shared out.
+  Room sums((by_rows - 1) * w.columns);
+  const auto own = [&](int64_t part) { return part ? sums.get() + (part - 1) * w.columns : y; };
+  parallel(context, by_rows, [&](int64_t part) {
+    const int64_t begin = kept.count * part / by_rows, end = kept.count * (part + 1) / by_rows;
+    const Kept some{kept.index + begin, kept.value + begin, end - begin};
+    best.row(w, some, own(part), 0, w.columns, scratch(best.row_scratch(w, w.columns)));
   });
+  for (int64_t part = 0; part < by_rows; ++part) {
+    const float* more = part ? own(part) : bias;
+    for (int64_t column = 0; column < w.columns; ++column) y[column] += more[column];
+  }
 }
 
 void product(ort::KernelContext* context, const Weights& w, const float* x, int64_t tokens, const Rule& rule,
@@ -107,8 +120,7 @@ void product(ort::KernelContext* context, const Weights& w, const float* x, int6
   }
   const int64_t part = tokens * count * w.columns >= kAlone ? kStrip : w.columns;
   by_columns(context, w.columns, part, [&](int64_t first, int64_t last) {
-    best.rows(w, parts.get(), index.get(), count, tokens, y, first, last, scratch(best.rows_scratch));
-    for (int64_t token = 0; token < tokens; ++token) add_bias(bias, y + token * w.columns, first, last);
+    best.rows(w, parts.get(), index.get(), count, tokens, bias, y, first, last, scratch(best.rows_scratch));
   });
 }
 

@@ -1,10 +1,13 @@
 // The product of one row of x: bound by reading the weights of its kept inputs. Included once a level.
 //
-// Up to kGroup rows of weights are read side by side, kChunk columns at a time whose sums stay in registers, while the
+// A few rows of weights are read side by side, kChunk columns at a time whose sums stay in registers, while the
 // same columns of the next rows are fetched into the cache: a processor's own prefetching does not see rows that are
 // skipped coming.
 
-constexpr int kGroup = 16;
+// Few rows in long runs: a processor follows some streams well, and each shorter row begins another one.
+template <class R>
+constexpr int group_of = R::bits == 4 ? 6 : 4;
+constexpr int kGroup = 6;  // the largest
 constexpr int kLeastBlock = 8;  // columns that share a scale, below which each weight is taken by itself
 
 struct Group {
@@ -104,9 +107,9 @@ void scaled_rows(const Weights& w, const Kept& kept, int shift, float* y, int64_
   const int64_t all = w.scale ? w.columns / w.block_columns : 1, room = count + 2 * kLanes;
   float *sums = scratch, *shifts = sums + padded, *points = shifts + room, *factors = points + room;
   std::memset(scratch, 0, (padded + (kGroup + 2) * room) * sizeof(float));
-  for (int64_t at = 0; at < kept.count; at += kGroup) {
+  for (int64_t at = 0; at < kept.count; at += group_of<R>) {
     Group group;
-    for (int64_t r = at; r < least(at + kGroup, kept.count); ++r) {
+    for (int64_t r = at; r < least(at + group_of<R>, kept.count); ++r) {
       const float *factor = kept.value + r, value = *factor;
       if (w.scale) {
         float* own = factors + (r - at) * room;
@@ -119,7 +122,7 @@ void scaled_rows(const Weights& w, const Kept& kept, int shift, float* y, int64_
         }
         factor = own;
       }
-      group.add(row_of(w, kept, r, stride), row_of(w, kept, r + kGroup, stride), factor);
+      group.add(row_of(w, kept, r, stride), row_of(w, kept, r + group_of<R>, stride), factor);
     }
     add_group<R, kMany>(group, w, shift, first, last, sums);
   }
@@ -146,9 +149,9 @@ void scaled_columns(const Weights& w, const Kept& kept, float* y, int64_t first,
     std::memset(sums, 0, padded * sizeof(float));
     while (at < kept.count && kept.index[at] < behind) {
       Group group;
-      for (; group.count < kGroup && at < kept.count && kept.index[at] < behind; ++at) {
+      for (; group.count < group_of<R> && at < kept.count && kept.index[at] < behind; ++at) {
         total -= kept.value[at];
-        group.add(row_of(w, kept, at, stride), row_of(w, kept, at + kGroup, stride), kept.value + at);
+        group.add(row_of(w, kept, at, stride), row_of(w, kept, at + group_of<R>, stride), kept.value + at);
       }
       const uint8_t* zeros = (const uint8_t*)w.zero + block * stride;
       if (w.zero && (at == kept.count || kept.index[at] >= behind)) group.add(zeros, zeros, &total);
