@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -178,7 +179,13 @@ def _thresholded(index: int, inputs: int, outputs: int) -> Part:
 
 def _nbits(bits: int, block: int, level: int) -> Callable[[int, int, int], Part]:
     def make(index: int, inputs: int, outputs: int) -> Part:
-        attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": level}
+        attributes: dict[str, Any] = {
+            "K": inputs,
+            "N": outputs,
+            "bits": bits,
+            "block_size": block,
+            "accuracy_level": level,
+        }
         names = ["X", f"W{index}", f"s{index}"]
         node = helper.make_node("MatMulNBits", names, [f"Y{index}"], domain=_MICROSOFT, **attributes)
         shape = (outputs, inputs // block, block * bits // 8)

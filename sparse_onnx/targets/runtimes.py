@@ -97,9 +97,7 @@ def known() -> dict[str, Runtime]:
     lists = ("packages", "npm", "providers")
 
     def runtime(name: str, entry: dict[str, Any]) -> Runtime:
-        given: dict[str, Any] = {
-            key: tuple(value) if key in lists else value for key, value in entry.items()
-        }
+        given: dict[str, Any] = {key: tuple(value) if key in lists else value for key, value in entry.items()}
         return Runtime(name, **given)
 
     return {name: runtime(name, entry) for name, entry in data.items()}

@@ -28,7 +28,7 @@ namespace JOIN(level_, LEVEL) {
 
 extern const Level table;
 const Level table{STRING(LEVEL), choose, mask, row, row_scratch, rows, kDepth * kStrip + kBatch * kStrip,
-                  kDepth,        dots,   widen, narrow};
+                  kDepth,        widen,  narrow};
 
 }  // namespace JOIN(level_, LEVEL)
 }  // namespace sparse_onnx

@@ -51,8 +51,6 @@ struct Level {
                float* y, int64_t first, int64_t last, float* scratch);
   int64_t rows_scratch;  // floats that `rows` needs
   int64_t depth;
-  // Products of x [w.columns] with the rows of w that index names.
-  void (*dots)(const Weights&, const float* x, const int32_t* index, int64_t count, float* y);
   // To float and back.
   void (*widen)(Type, const void*, float*, int64_t);
   void (*narrow)(Type, const float*, void*, int64_t);

@@ -37,45 +37,6 @@ void mask(const float* x, int64_t count, const Rule& rule, float* out) {
   }
 }
 
-// Four rows side by side; the next four are fetched meanwhile.
-template <class R>
-void dots_of(const Weights& w, const float* x, const int32_t* index, int64_t count, float* y) {
-  constexpr int kSide = 4;
-  const int64_t stride = w.columns * R::bits / 8;
-  for (int64_t at = 0; at < count; at += kSide) {
-    const uint8_t *from[kSide], *next[kSide];
-    Floats sums[kSide][2] = {};
-    for (int r = 0; r < kSide; ++r) {
-      from[r] = (const uint8_t*)w.data + index[least(at + r, count - 1)] * stride;
-      next[r] = (const uint8_t*)w.data + index[least(at + r + kSide, count - 1)] * stride;
-    }
-    int64_t column = 0;
-    for (; column + kChunk <= w.columns; column += kChunk)
-      for (int r = 0; r < kSide; ++r) {
-        R::each(from[r] + column * R::bits / 8, [&](int v, Floats weights) {
-          sums[r][v % 2] += weights * load<Floats>(x + column + v * kLanes);
-        });
-        for (int line = 0; line < kChunk * R::bits / 8; line += 64)
-          __builtin_prefetch(next[r] + column * R::bits / 8 + line, 0, 2);
-      }
-    for (int r = 0; r < least(kSide, count - at); ++r) {
-      const Floats both = sums[r][0] + sums[r][1];
-      float total = 0;
-      for (int lane = 0; lane < kLanes; ++lane) total += both[lane];
-      for (int64_t rest = column; rest < w.columns; ++rest) total += R::one(from[r], rest) * x[rest];
-      y[at + r] = total;
-    }
-  }
-}
-
-void dots(const Weights& w, const float* x, const int32_t* index, int64_t count, float* y) {
-  switch (w.type) {
-    case Type::F32: return dots_of<Reader<Type::F32>>(w, x, index, count, y);
-    case Type::F16: return dots_of<Reader<Type::F16>>(w, x, index, count, y);
-    default: return dots_of<Reader<Type::BF16>>(w, x, index, count, y);
-  }
-}
-
 void widen(Type type, const void* from, float* to, int64_t count) { numbers(type, from, 0, count, to); }
 
 // To nearest, ties to even.
