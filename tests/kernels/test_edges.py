@@ -63,3 +63,13 @@ def test_columns_beyond_whole_chunks(stored: str | None, tokens: int, library: P
             assert error(made.expected(x), actual) < 5e-6, layer
             if stored is None:
                 break
+
+
+@pytest.mark.parametrize("stored", ["int8", "uint4", None])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_one_output(stored: str | None, tokens: int, library: Path) -> None:
+    for axis, block in ((0, 1), (0, 16), (0, 10_000), (1, 1)):
+        layer = Layer(64, 1, stored=stored, axis=axis, block=block)
+        made, x = make(layer), inputs(layer, tokens)
+        actual = session(made.model, native=True).run(None, {"X": x})[0]
+        assert error(made.expected(x), actual) < 1e-5

@@ -79,6 +79,8 @@ def with_past(plain: Source, whole: Whole) -> TextPast:
         raise ImpossibleError(
             f"the model does not run with transformers' own cache: {first_line(error)}", HINT
         ) from error
+    if any(slot.rate or not slot.dtype.is_floating_point for slot in slots):
+        raise ImpossibleError("the cache holds more than keys, values and states", HINT)
     if not continues:
         raise ImpossibleError(
             "transformers' own code for this model forgets its state where several tokens follow a past", HINT

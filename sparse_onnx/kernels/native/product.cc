@@ -56,8 +56,10 @@ Bounds::Bounds(Type type, const Tensor& tau_tensor, const Tensor& centre_tensor,
 void product(ort::KernelContext* context, const Weights& w, const Kept& kept, const float* bias, float* y) {
   const Level& best = level();
   const int64_t most = kept.count * w.columns >= kAlone ? threads() : 1;
-  const int64_t by_rows = std::min(most, kept.count / kLeastRows);
-  if (by_rows < most || most == 1) {
+  // The sums of all parts but one are written and read again: 8 bytes a column, of which rows read 20 times as many.
+  const int64_t worth = 1 + kept.count * bits(w.type) / (8 * 8 * 20);
+  const int64_t by_rows = std::min({most, kept.count / kLeastRows, worth});
+  if (by_rows < std::min<int64_t>(most, 8) || most == 1) {
     by_columns(context, w.columns, std::max(kLeastBytes * 8 / bits(w.type), (w.columns + most - 1) / most),
                [&](int64_t first, int64_t last) {
                  best.row(w, kept, y, first, last, scratch(best.row_scratch(w, last - first)));

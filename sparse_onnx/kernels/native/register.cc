@@ -128,6 +128,8 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
         return status;
     return nullptr;
   }();
-  if (failed) return failed;
+  if (failed)  // whoever gets a status releases it
+    return ort::entry<ort::Status*(int, const char*)>(api, ort::kCreateStatus)(
+        ort::kFail, "onnxruntime did not take the operators of sparse-onnx");
   return ort::entry<ort::Status*(ort::SessionOptions*, ort::CustomOpDomain*)>(api, ort::kAddCustomOpDomain)(options, domain);
 }

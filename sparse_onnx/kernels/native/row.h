@@ -191,8 +191,9 @@ void row(const Weights& w, const Kept& kept, float* y, int64_t first, int64_t la
   by_type(w.type, [&](auto reader) {
     using R = decltype(reader);
     if (R::bits == 4 && w.columns % 2) return one_by_one<R>(w, kept, y, first, last);
+    if (w.scale && w.columns == 1) return one_by_one<R>(w, kept, y, first, last);
     if (!w.scale) return scaled_rows<R, false>(w, kept, -1, y, first, last, scratch);
-    if (w.block_columns == 1 && w.columns > 1) {
+    if (w.block_columns == 1) {
       return w.block_rows > 1 || w.rows == 1 ? scaled_columns<R>(w, kept, y, first, last, scratch)
                                              : one_by_one<R>(w, kept, y, first, last);
     }
