@@ -31,6 +31,10 @@ _COMPARED: dict[Any, str] = {
 #: What keeps the type of its inputs.
 _KEEPING = frozenset({"Mul", "Add", "Sub", "Div", "Ceil", "Floor", "Round", "Max", "Min", "Neg", "Identity"})
 
+#: What takes tensors of one type.
+_MEETING = _KEEPING | {"Pow", "Mod", "Where", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"}
+_TENSORS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
 
 def _is_float(value: Any) -> bool:
     return value.dtype in _FLOATS if isinstance(value, ir.Value) else isinstance(value, float)
@@ -131,17 +135,38 @@ def refuse_others(module: torch.nn.Module, *, rewritten: bool) -> None:
 
 
 def retype(model: ir.Model) -> None:
-    """Marks as double what is computed in double, in place: torch notes single precision for every float size."""
+    """Marks as double what is computed in double, in place: torch notes single precision for every float size. Where
+    such a number meets a tensor it takes the tensor's type, as torch has it."""
     graphs = [model.graph, *model.functions.values()]
     for graph in graphs:
-        for node in graph:
-            if node.op_type in _KEEPING and any(
+        for node in list(graph):
+            if node.op_type in _MEETING and (met := _met(node)) is not None:
+                _cast(node, met)
+            elif node.op_type in _KEEPING and any(
                 v is not None and v.dtype == ir.DataType.DOUBLE for v in node.inputs
             ):
                 for value in node.outputs:
                     value.dtype = ir.DataType.DOUBLE
             elif node.op_type in ("Cast", "Constant") and _makes_double(node):
                 node.outputs[0].dtype = ir.DataType.DOUBLE
+
+
+def _met(node: ir.Node) -> ir.DataType | None:
+    """The type of the tensors among its inputs where others are double."""
+    types = [value.dtype for value in node.inputs if value is not None]
+    tensors = [each for each in types if each in _TENSORS]
+    return tensors[0] if ir.DataType.DOUBLE in types and tensors else None
+
+
+def _cast(node: ir.Node, dtype: ir.DataType) -> None:
+    for at, value in enumerate(node.inputs):
+        if value is not None and value.dtype == ir.DataType.DOUBLE:
+            cast = ir.node("Cast", [value], attributes={"to": dtype}, name=f"{node.name}/number_{at}")
+            cast.outputs[0].name = f"{node.outputs[0].name}/number_{at}"
+            cast.outputs[0].dtype, cast.outputs[0].shape = dtype, value.shape
+            assert node.graph is not None
+            node.graph.insert_before(node, [cast])
+            node.replace_input_with(at, cast.outputs[0])
 
 
 def _makes_double(node: ir.Node) -> bool:
