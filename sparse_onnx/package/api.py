@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -77,7 +78,7 @@ def package(
         if profile.format == "ort":
             say("converting to .ort")
             made = variants.to_ort(made, staged, recorded, report.notes)
-            assert report.output is not None
+            report.output = dataclasses.replace(report.output, path=str(folder / made[0].model.name))
         described = manifest.describe(graph, made, profile, recorded, kernels)
         contents.copy_runners(staged)
         manifest.write(described, staged)

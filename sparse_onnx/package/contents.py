@@ -19,6 +19,7 @@ from sparse_onnx.blocks.thresholded import LINEAR, N_BITS
 from sparse_onnx.core.errors import ImpossibleError, UsageError
 from sparse_onnx.graph import files, genai, io
 from sparse_onnx.graph.slots import tensor_slots
+from sparse_onnx.optimize.watched import EXACT
 from sparse_onnx.targets.profile import TargetProfile
 
 MODEL = "model.onnx"
@@ -94,17 +95,23 @@ def _filenames(value: Any) -> list[str]:
     return [name for item in value for name in _filenames(item)] if isinstance(value, list) else []
 
 
-def has_thresholds(model: ir.Model) -> bool:
+def _has(model: ir.Model, *operators: str) -> bool:
     return any(
-        node.domain == DOMAIN and node.op_type in (LINEAR, N_BITS)
+        node.domain == DOMAIN and node.op_type in operators
         for body in (model.graph, *model.functions.values())
         for node in body.all_nodes()
     )
 
 
+def session_entries(model: ir.Model, profile: TargetProfile) -> dict[str, str]:
+    """What sessions are to be created with."""
+    exact = EXACT if _has(model, N_BITS) else {}
+    return {**profile.config, **exact}
+
+
 def copy_kernels(model: ir.Model, folder: Path, notes: list[str]) -> Kernels | None:
     """The native library, where the model has operators that it runs and it was built here."""
-    if not has_thresholds(model):
+    if not _has(model, LINEAR, N_BITS):
         return None
     from sparse_onnx import kernels
 

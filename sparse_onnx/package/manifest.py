@@ -58,7 +58,7 @@ def describe(
         },
         "provider_options": dict(profile.provider_options),
         "session": dict(profile.session),
-        "config": dict(profile.config),
+        "config": dict(recorded.entries),
         "inputs": [_port(value) for value in model.graph.inputs if value.name in recorded.feeds],
         "outputs": [_port(value) for value in model.graph.outputs],
         "memory": {

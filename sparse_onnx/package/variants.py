@@ -102,7 +102,7 @@ def to_ort(made: Sequence[Variant], folder: Path, recorded: Recorded, notes: lis
             for left in work.iterdir():
                 left.unlink()
             work.rmdir()
-        problem = recorded.differs(outputs_of(path, recorded.feeds))
+        problem = recorded.differs(outputs_of(path, recorded.feeds, entries=recorded.entries))
         if problem:
             raise VerificationError(f"the .ort file of '{variant.name}' differs: {problem}")
         converted.append(Variant(variant.name, path, ()))

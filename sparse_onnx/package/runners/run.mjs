@@ -98,7 +98,13 @@ function error(got, want, type) {
 
 let results;
 try {
-  const options = { logSeverityLevel: 3 };
+  const options = { logSeverityLevel: 3, extra: {} };
+  for (const [key, value] of Object.entries(manifest.config)) {
+    const words = key.split('.');
+    let inner = options.extra;
+    for (const word of words.slice(0, -1)) inner = inner[word] ??= {};
+    inner[words.at(-1)] = value;
+  }
   if (web) {
     ort.env.wasm.numThreads = 1;
     options.executionProviders = ['wasm'];
@@ -120,7 +126,7 @@ for (const item of manifest.smoke.outputs) {
   const same = type === item.type && dims.join() === item.shape.join();
   const found = same ? error(data, stored(item), type) : Infinity;
   if (!(found <= manifest.smoke.tolerance)) {
-    fail(4, `output '${item.name}' is off by ${found}, and ${manifest.smoke.tolerance} is allowed`);
+    fail(4, `output '${item.name}' is off by ${found.toPrecision(2)}, and ${manifest.smoke.tolerance} is allowed`);
   }
   worst = Math.max(worst, found);
 }
