@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.resources
+import itertools
 import json
 import os
 import platform
@@ -96,11 +97,10 @@ def _filenames(value: Any) -> list[str]:
 
 
 def _has(model: ir.Model, *operators: str) -> bool:
-    return any(
-        node.domain == DOMAIN and node.op_type in operators
-        for body in (model.graph, *model.functions.values())
-        for node in body.all_nodes()
+    found = itertools.chain(
+        model.graph.all_nodes(), *(function.all_nodes() for function in model.functions.values())
     )
+    return any(node.domain == DOMAIN and node.op_type in operators for node in found)
 
 
 def session_entries(model: ir.Model, profile: TargetProfile) -> dict[str, str]:
