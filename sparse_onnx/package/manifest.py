@@ -21,6 +21,7 @@ from sparse_onnx.package.contents import RUNNERS, Kernels, digest
 from sparse_onnx.package.smoke import Recorded
 from sparse_onnx.package.variants import Variant
 from sparse_onnx.passes.fuse_moe_op import REQUIRES_KEY
+from sparse_onnx.targets import runtimes
 from sparse_onnx.targets.profile import TargetProfile
 
 SCHEMA = 1
@@ -56,6 +57,7 @@ def describe(
             "python": [python],
             "javascript": [_IN_JAVASCRIPT.get(profile.provider, profile.provider)],
         },
+        "plugin": runtimes.get(profile.runtime).plugin or None if profile.runtime else None,
         "provider_options": dict(profile.provider_options),
         "session": dict(profile.session),
         "config": dict(recorded.entries),

@@ -72,7 +72,8 @@ def record(
         VerificationError: a variant or the target gives something else.
     """
     main = made[0].model
-    tolerance = max(_tolerance(model), profile.tolerance)
+    half = profile.precision != "float32"
+    tolerance = max(_COARSE_TOLERANCE if half else _tolerance(model), profile.tolerance)
     entries = session_entries(model, profile)
     feeds, outputs = _chosen(model, main, tolerance, entries)
     names = [value.name or "" for value in model.graph.outputs]

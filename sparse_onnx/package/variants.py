@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sparse_onnx.blocks import neutral_blocks
-from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError, VerificationError
+from sparse_onnx.core.errors import ImpossibleError, VerificationError
 from sparse_onnx.graph import io
 from sparse_onnx.optimize.api import optimize
 from sparse_onnx.optimize.choose import parse_form
@@ -58,7 +58,7 @@ def build(
             ):
                 path.unlink()
                 raise ImpossibleError(f"no block of the model can have the form '{form}'", "leave it out")
-        except SparseOnnxError as error:
+        except (ImpossibleError, VerificationError) as error:
             if form in forms:
                 raise
             notes.append(f"no variant {form}: {error}")

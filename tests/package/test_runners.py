@@ -132,6 +132,28 @@ def test_another_runtime_than_needed_is_one_line(package: Path) -> None:
     assert python(package, "--provider", "CPUExecutionProvider").returncode == 0
 
 
+def test_a_provider_that_comes_as_a_plugin(package: Path, tmp_path: Path) -> None:
+    change(package, plugin="no_such_plugin", providers={"python": ["RocketExecutionProvider"]})
+    fails(python(package), 5, "RocketExecutionProvider comes with no_such_plugin, which is not installed")
+    assert python(package, "--provider", "CPUExecutionProvider").returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["openvino", "webgpu", "qnn-htp"])
+def test_other_providers(tmp_path: Path, target: str) -> None:
+    runtime = runtimes.get(target)
+    if not runtime.installed:
+        pytest.skip(f"{runtime.versions} is not installed")
+    source = save_external(
+        layered_model(Shape(experts=6, hidden=32, inner=48, biases=True)), tmp_path / "in.onnx"
+    )
+    sparse_onnx.optimize(source, tmp_path / "static.onnx", target=target, static=[{"T": 4}])
+    report = sparse_onnx.package(tmp_path / "static.onnx", tmp_path / "out", target=target)
+    assert report.verify is not None and report.verify.on == runtime.versions
+    result = ran(runtime.folder / "bin" / "python", tmp_path / "out" / "run.py", **runtime.variables())
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_fastest_is_remembered_while_it_is_the_same_machine(package: Path) -> None:
     result = python(package, "--tune", "--rounds", "2")
     assert result.returncode == 0, result.stderr

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -70,7 +71,16 @@ def check_runtime(package: dict[str, Any]) -> None:
     if _numbers(onnxruntime.__version__) < _numbers(least):
         raise Failure(5, f"onnxruntime {onnxruntime.__version__} is too old: {least} or newer is needed")
     provider = package["providers"]["python"][0]
-    if provider not in onnxruntime.get_available_providers():
+    if package["plugin"]:
+        try:
+            plugin = importlib.import_module(package["plugin"])
+        except ImportError as error:
+            raise Failure(
+                5, f"{provider} comes with {package['plugin']}, which is not installed: {error}"
+            ) from None
+        if plugin.get_ep_name() not in {each.ep_name for each in onnxruntime.get_ep_devices()}:
+            onnxruntime.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
+    elif provider not in onnxruntime.get_available_providers():
         raise Failure(
             5, f"this onnxruntime has no {provider}; --provider CPUExecutionProvider runs without it"
         )
@@ -103,6 +113,15 @@ def create(folder: Path, package: dict[str, Any], variant: dict[str, Any]) -> An
                 file=sys.stderr,
             )
         given = package["provider_options"] if provider != "CPUExecutionProvider" else {}
+        if package["plugin"]:
+            plugin = importlib.import_module(package["plugin"])
+            devices = [each for each in onnxruntime.get_ep_devices() if each.ep_name == plugin.get_ep_name()]
+            # `@NAME` is what the plugin's function NAME gives: where a library lies.
+            given = {
+                key: getattr(plugin, text[1:])() if text[:1] == "@" else text for key, text in given.items()
+            }
+            options.add_provider_for_devices(devices[:1], given)
+            return onnxruntime.InferenceSession(str(folder / variant["model"]), options)
         return onnxruntime.InferenceSession(
             str(folder / variant["model"]), options, providers=[(provider, given)]
         )
@@ -248,7 +267,7 @@ def main() -> int:
     try:
         package = manifest(folder)
         if given.provider:
-            package["providers"]["python"] = [given.provider]
+            package["providers"]["python"], package["plugin"] = [given.provider], None
         check_files(folder, package)
         check_runtime(package)
         if given.tune:
