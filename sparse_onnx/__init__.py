@@ -16,7 +16,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["bench", "calibrate", "diff", "export", "inspect", "optimize", "package", "register_kernels", "verify"]
+__all__ = [
+    "bench",
+    "calibrate",
+    "diff",
+    "export",
+    "inspect",
+    "optimize",
+    "package",
+    "register_kernels",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from sparse_onnx.bench.api import bench
