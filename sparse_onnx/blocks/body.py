@@ -144,6 +144,12 @@ _ACTIVATIONS = {
     Activation.RELU2: """
         relu2_r = Relu (g)
         h_relu2 = Mul (relu2_r, relu2_r)""",
+    Activation.SILU_SOFTCAP: """
+        softcap_x = Div (g, alpha)
+        softcap_t = Tanh (softcap_x)
+        softcap_g = Mul (softcap_t, alpha)
+        softcap_s = Sigmoid (g)
+        h_silu_softcap = Mul (softcap_g, softcap_s)""",
 }
 
 # Without a gate both halves are the whole, so that the shapes of the product below agree in every case.
@@ -168,10 +174,19 @@ _HALVES = """
 
 _CLAMPS = """
     g, u = If (has_limit) <
-      then_branch = clamped () => (gate_clamped, up_clamped) {
-        gate_clamped = Min (gate_y, limit)
-        up_below = Min (up_y, limit)
-        up_clamped = Max (up_below, minus_limit)
+      then_branch = bounded () => (gate_bounded, up_bounded) {
+        gate_bounded, up_bounded = If (is_silu_softcap) <
+          then_branch = softcapped () => (gate_raw, up_capped) {
+            gate_raw = Identity (gate_y)
+            up_scaled = Div (up_y, limit)
+            up_bent = Tanh (up_scaled)
+            up_capped = Mul (up_bent, limit)
+          },
+          else_branch = clamped () => (gate_clamped, up_clamped) {
+            gate_clamped = Min (gate_y, limit)
+            up_below = Min (up_y, limit)
+            up_clamped = Max (up_below, minus_limit)
+          }>
       },
       else_branch = unclamped () => (gate_free, up_free) {
         gate_free = Identity (gate_y)

@@ -60,7 +60,9 @@ def emit_hidden(
 def _gated(
     emit: Emitter, spec: ExpertSpec, gate: ir.Value, up: ir.Value, dtype: ir.DataType, opset: int
 ) -> ir.Value:
-    if spec.limit > 0:
+    if spec.limit > 0 and spec.activation == Activation.SILU_SOFTCAP:
+        up = _softcap(emit, up, spec.limit, dtype)
+    elif spec.limit > 0:
         limit = emit.scalar(spec.limit, dtype)
         gate = emit.op("Min", gate, limit)
         up = emit.op("Clip", up, emit.scalar(-spec.limit, dtype), limit)
@@ -69,11 +71,18 @@ def _gated(
     return emit.op("Mul", emit_activation(emit, spec, gate, dtype, opset), up)
 
 
+def _softcap(emit: Emitter, x: ir.Value, cap: float, dtype: ir.DataType) -> ir.Value:
+    bound = emit.scalar(cap, dtype)
+    return emit.op("Mul", emit.op("Tanh", emit.op("Div", x, bound)), bound)
+
+
 def emit_activation(emit: Emitter, spec: ExpertSpec, x: ir.Value, dtype: ir.DataType, opset: int) -> ir.Value:
     """The activation alone. ORT fuses the silu and gelu chains into one kernel each."""
     if spec.activation == Activation.SILU:
         slope = x if spec.alpha == 1 else emit.op("Mul", x, emit.scalar(spec.alpha, dtype))
         return emit.op("Mul", x, emit.op("Sigmoid", slope))
+    if spec.activation == Activation.SILU_SOFTCAP:
+        return emit.op("Mul", _softcap(emit, x, spec.alpha, dtype), emit.op("Sigmoid", x))
     if spec.activation in (Activation.GELU, Activation.GELU_TANH):
         tanh = spec.activation == Activation.GELU_TANH
         if opset >= 20:

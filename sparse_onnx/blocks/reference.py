@@ -84,7 +84,9 @@ def inner_rows(spec: ExpertSpec, rows: np.ndarray, own: Mapping[str, np.ndarray]
             gate, up = hidden[:, 0::2], hidden[:, 1::2]
         else:
             gate, up = np.split(hidden, 2, axis=1)
-        if spec.limit > 0:
+        if spec.limit > 0 and spec.activation is Activation.SILU_SOFTCAP:
+            up = spec.limit * np.tanh(up / spec.limit)
+        elif spec.limit > 0:
             gate, up = np.minimum(gate, spec.limit), np.clip(up, -spec.limit, spec.limit)
         hidden = _activate(spec, gate) * (up + spec.beta)
     return hidden
@@ -107,6 +109,8 @@ def _linear(spec: ExpertSpec, rows: np.ndarray, own: Mapping[str, np.ndarray], r
 def _activate(spec: ExpertSpec, x: np.ndarray) -> np.ndarray:
     if spec.activation is Activation.SILU:
         return x / (1 + np.exp(-spec.alpha * x))
+    if spec.activation is Activation.SILU_SOFTCAP:
+        return spec.alpha * np.tanh(x / spec.alpha) / (1 + np.exp(-x))
     if spec.activation is Activation.GELU:
         return x * 0.5 * (1 + _erf(x * math.sqrt(0.5)).astype(x.dtype))
     if spec.activation is Activation.GELU_TANH:

@@ -33,9 +33,11 @@ An expert is {expert}
 
 _EXPERT = {
     "MoE": "y = fc2 h + fc2_bias of p = fc1 x + fc1_bias, with h = act(p) where gate_layout is 0, and else "
-    "h = act(min(g, limit)) * (clip(u, -limit, limit) + beta) of the halves g and u of p.",
+    "h = act(min(g, limit)) * (clip(u, -limit, limit) + beta) of the halves g and u of p; with activation 5 "
+    "h = act(g) * (limit * tanh(u / limit) + beta).",
     "GatedMoE": "y = down h + down_bias with h = act(min(g, limit)) * (clip(u, -limit, limit) + beta), of "
-    "g = gate x + gate_bias and u = up x + up_bias.",
+    "g = gate x + gate_bias and u = up x + up_bias; with activation 5 "
+    "h = act(g) * (limit * tanh(u / limit) + beta).",
 }
 
 _INPUTS = {
@@ -55,11 +57,12 @@ _INPUTS = {
 }
 
 _ATTRIBUTES = {
-    "activation": "0: x * sigmoid(alpha * x). 1: gelu (erf). 2: gelu (tanh). 3: relu. 4: relu squared.",
+    "activation": "0: x * sigmoid(alpha * x). 1: gelu (erf). 2: gelu (tanh). 3: relu. 4: relu squared. "
+    "5: alpha * tanh(x / alpha) * sigmoid(x).",
     "gate_layout": "0: no gate. 1: gate, then up. 2: gate in the even outputs of fc1, up in the odd ones.",
     "weight_layout": "0: matrices are [outputs, inputs]. 1: [inputs, outputs].",
-    "limit": "Clamp of gate (from above) and up (both sides); 0 for none.",
-    "alpha": "Slope of the sigmoid of activation 0.",
+    "limit": "Clamp of gate (from above) and up (both sides); of activation 5 the soft cap of up alone. 0 for none.",
+    "alpha": "Slope of the sigmoid of activation 0; soft cap of activation 5, above 0.",
     "beta": "Added to up.",
 }
 

@@ -4,10 +4,12 @@ For one token x (biases left out):
 
     no gate      y = fc2 act(fc1 x)
     with a gate  g = gate x, u = up x
-                 limit > 0: g = min(g, limit), u = clip(u, -limit, limit)
+                 limit > 0: g = min(g, limit), u = clip(u, -limit, limit);
+                            with silu_softcap instead u = limit * tanh(u / limit), and g as it is
                  y = down (act(g) * (u + beta))
 
 gpt-oss's clamped SwiGLU is silu with alpha 1.702, beta 1 and limit 7; plain SwiGLU is silu with the defaults.
+Inkling 2's softcapped SwiGLU is silu_softcap with alpha 4 (its gate's cap) and limit 25 (that of up).
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ class Activation(enum.IntEnum):
     """max(x, 0)."""
     RELU2 = 4
     """max(x, 0)^2."""
+    SILU_SOFTCAP = 5
+    """alpha * tanh(x / alpha) * sigmoid(x): silu whose linear factor is bounded; alpha > 0."""
 
     @property
     def label(self) -> str:
-        """The name in reports: ``silu``, ``gelu``, ``gelu_tanh``, ``relu``, ``relu2``."""
+        """The name in reports: ``silu``, ``gelu``, ``gelu_tanh``, ``relu``, ``relu2``, ``silu_softcap``."""
         return self.name.lower()
 
 
@@ -73,12 +77,13 @@ class ExpertSpec:
         activation: elementwise function of the gate, or of fc1's output where there is no gate.
         gate_layout: where the gate is; it also decides the operator.
         weight_layout: orientation of every matrix of the block.
-        limit: clamp of gate (from above) and up (both sides); 0 for no clamp.
-        alpha: slope of the sigmoid in silu; the other activations ignore it.
+        limit: clamp of gate (from above) and up (both sides), with silu_softcap the soft cap of up alone; 0 for none.
+        alpha: slope of the sigmoid in silu, cap in silu_softcap; the other activations ignore it.
         beta: added to up.
 
     Raises:
-        ValueError: a value that is not finite, a negative limit, or a limit or beta where there is no gate.
+        ValueError: a value that is not finite, a negative limit, a soft cap that is not above 0, or a limit or beta
+            where there is no gate.
     """
 
     activation: Activation
@@ -101,6 +106,8 @@ class ExpertSpec:
             object.__setattr__(self, name, value)
         if self.limit < 0:
             raise ValueError(f"limit={self.limit} is negative; 0 means no clamp")
+        if self.activation is Activation.SILU_SOFTCAP and self.alpha <= 0:
+            raise ValueError(f"alpha={self.alpha} is a soft cap, which is above 0")
         if not self.gated and (self.limit or self.beta):
             raise ValueError(f"limit={self.limit}, beta={self.beta} act on gate and up, and there is no gate")
 

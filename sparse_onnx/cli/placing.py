@@ -40,7 +40,7 @@ def static_lines(records: Sequence[StaticRecord]) -> Iterator[str]:
     """The graphs of fixed sizes, each with its comparison."""
     for record in records:
         sizes = ", ".join(f"{name} {number}" for name, number in record.sizes.items()) or "its own sizes"
-        verdict = "not run"
+        verdict = record.verify.failure or "not run"
         if record.verify.passed is not None:
             error = record.verify.max_rel_error
             verdict = (

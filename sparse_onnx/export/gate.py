@@ -6,6 +6,9 @@ The neutral form expresses::
     not gated:  f(h)    = act(h)
     act:        x * sigmoid(alpha * x), gelu, gelu with tanh, relu, relu²
 
+    softcapped: f(g, u) = act(g) * (limit * tanh(u / limit) + beta), f(h) = act(h)
+    act:        alpha * tanh(x / alpha) * sigmoid(x)
+
 The parameters are read off at a few points, then the whole function is compared on thousands more. What
 differs anywhere has no neutral form and is not guessed at.
 """
@@ -30,7 +33,9 @@ def evaluate(spec: ExpertSpec, projected: Tensor) -> Tensor:
     if spec.gate_layout == GateLayout.NONE:
         return _activate(spec, projected)
     gate, up = _halves(projected, spec.gate_layout)
-    if spec.limit:
+    if spec.limit and spec.activation == Activation.SILU_SOFTCAP:
+        up = spec.limit * torch.tanh(up / spec.limit)
+    elif spec.limit:
         gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
     return _activate(spec, gate) * (up + spec.beta)
 
@@ -38,6 +43,8 @@ def evaluate(spec: ExpertSpec, projected: Tensor) -> Tensor:
 def _activate(spec: ExpertSpec, x: Tensor) -> Tensor:
     if spec.activation == Activation.SILU:
         return x * torch.sigmoid(spec.alpha * x)
+    if spec.activation == Activation.SILU_SOFTCAP:
+        return spec.alpha * torch.tanh(x / spec.alpha) * torch.sigmoid(x)
     if spec.activation == Activation.GELU:
         return F.gelu(x)
     if spec.activation == Activation.GELU_TANH:
@@ -95,6 +102,13 @@ def _candidates(
                 half.fill_(value)
         return float(function(row).reshape(-1)[0])
 
+    yield from _clamped(at, layout, weight_layout)
+    yield from _softcapped(at, layout, weight_layout)
+
+
+def _clamped(
+    at: Callable[..., float], layout: GateLayout, weight_layout: WeightLayout
+) -> Iterator[ExpertSpec]:
     limit = beta = 0.0
     at_one = at(1.0)
     if layout != GateLayout.NONE:
@@ -115,6 +129,25 @@ def _candidates(
         yield ExpertSpec(activation, layout, weight_layout, limit, 1.0, beta)
 
 
+def _softcapped(
+    at: Callable[..., float], layout: GateLayout, weight_layout: WeightLayout
+) -> Iterator[ExpertSpec]:
+    """Far from 0 the gate's factor is alpha itself, and up's is limit."""
+    limit = beta = 0.0
+    if layout == GateLayout.NONE:
+        alpha = at(_FAR)
+    else:
+        zero, step, far = at(_FAR, 0.0), at(_FAR, 1.0), at(_FAR, _FAR)
+        alpha, bounded = step - zero, far - zero  # without a limit; with one alpha * limit * tanh(u / limit)
+        if 0 < alpha < bounded < alpha * _FAR * (1 - 1e-6):
+            limit = 1 / math.atanh(alpha / bounded)
+            alpha = bounded / limit
+        beta = zero / alpha if alpha > 0 else 0.0
+    if math.isfinite(alpha + beta) and _rounded(alpha) > 0:
+        spec = (_rounded(limit), _rounded(alpha), _rounded(beta))
+        yield ExpertSpec(Activation.SILU_SOFTCAP, layout, weight_layout, *spec)
+
+
 def _rounded(value: float) -> float:
     """Six digits: what a person wrote, read through the rounding of float32."""
     return float(f"{value:.6g}") if abs(value) > 1e-6 else 0.0
@@ -124,7 +157,7 @@ def _same(function: Callable[[Tensor], Tensor], candidate: ExpertSpec) -> bool:
     generator = torch.Generator().manual_seed(0)
     width = 16 if candidate.gated else 8
     normal = torch.randn(_ROWS, width, dtype=torch.float64, generator=generator)
-    for scale in (0.05, 1.0, 6.0, 60.0):  # in the activation's bend, and past any clamp
+    for scale in (0.05, 1.0, 6.0, 60.0, _FAR):  # in the activation's bend, and past any clamp
         expected, actual = function(normal * scale), evaluate(candidate, normal * scale)
         if expected.shape != actual.shape:
             return False

@@ -43,8 +43,10 @@ def _masked_select(original: Function, input: Tensor, mask: Tensor) -> Tensor:
 
 def _var_mean(original: Function, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     shaped = {key: value for key, value in kwargs.items() if key in ("dim", "keepdim")}
-    if args and not isinstance(args[0], bool):
+    if args and not isinstance(args[0], bool):  # else it is `unbiased`, and there are no axes
         shaped["dim"] = args[0]
+        if len(args) > 2:
+            shaped["keepdim"] = args[2]
     return torch.var(input, *args, **kwargs), torch.mean(input, **shaped)
 
 
@@ -56,9 +58,14 @@ def _kthvalue(original: Function, input: Tensor, k: int, dim: int = -1, keepdim:
 def _median(original: Function, input: Tensor, dim: int | None = None, keepdim: bool = False) -> Any:
     """The lower of two medians, as torch gives."""
     if dim is None:
-        return input.flatten().sort().values[(input.numel() - 1) // 2]
+        middle = input.flatten().sort().values[(input.numel() - 1) // 2]
+        return torch.where(input.isnan().any(), torch.nan, middle) if input.is_floating_point() else middle
     found = input.sort(dim)
-    return _chosen(torch.return_types.median, found, (input.shape[dim] - 1) // 2, dim, keepdim)
+    chosen = _chosen(torch.return_types.median, found, (input.shape[dim] - 1) // 2, dim, keepdim)
+    if not input.is_floating_point():
+        return chosen
+    nan = input.isnan().any(dim, keepdim=keepdim)
+    return torch.return_types.median((torch.where(nan, torch.nan, chosen.values), chosen.indices))
 
 
 def _chosen(kind: Any, found: Any, index: Any, dim: int, keepdim: bool) -> Any:

@@ -29,6 +29,8 @@ PATH_VARIABLE = "SPARSE_ONNX_KERNELS"
 
 _SOURCES = Path(__file__).parent / "native"
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-w")
+#: Compiled once, not once a level.
+_ONCE = ("dispatch", "call", "product", "register")
 _LEVELS: dict[str, tuple[str, ...]] = {"base": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
     _LEVELS |= {
@@ -112,7 +114,7 @@ def _units() -> list[tuple[str, Path, tuple[str, ...]]]:
         (f"linear.{name}", _SOURCES / "linear.cc", (f"-DLEVEL={name}", *flags))
         for name, flags in _LEVELS.items()
     ]
-    return [*levels, ("dispatch", _SOURCES / "dispatch.cc", ()), ("register", _SOURCES / "register.cc", ())]
+    return [*levels, *((name, _SOURCES / f"{name}.cc", ()) for name in _ONCE)]
 
 
 def _built() -> Path:

@@ -76,10 +76,21 @@ def activate(activation: Activation, alpha: float, x: Array) -> Array:
     with np.errstate(all="ignore"):
         if activation is Activation.SILU:
             return x * _sigmoid(alpha * x)
+        if activation is Activation.SILU_SOFTCAP:
+            return alpha * np.tanh(x / alpha) * _sigmoid(x)
         if activation in (Activation.GELU, Activation.GELU_TANH):
             return _gelu(x, "tanh" if activation is Activation.GELU_TANH else "none")
         positive = np.maximum(x, 0)
         return positive if activation is Activation.RELU else positive * positive
+
+
+def bound(activation: Activation, limit: float, gate: Array, up: Array) -> tuple[Array, Array]:
+    """Gate and up within the limit of an `ExpertSpec`; 0 for none."""
+    if not limit:
+        return gate, up
+    if activation is Activation.SILU_SOFTCAP:
+        return gate, limit * np.tanh(up / limit)
+    return np.minimum(gate, limit), np.clip(up, -limit, limit)
 
 
 def known(domain: str, op_type: str) -> bool:

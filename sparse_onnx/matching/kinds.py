@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparse_onnx.blocks.spec import Activation, GateLayout
-from sparse_onnx.matching.elementwise import activate, evaluate
+from sparse_onnx.matching.elementwise import activate, bound, evaluate
 
 #: Where the two functions are compared, beside the constants that occur in the graph.
 _POINTS = (*np.linspace(-9, 9, 37).tolist(), *(s * 10.0**e for s in (-1, 1) for e in (-4, -2, 2, 4)))
@@ -44,10 +44,11 @@ def find_kind(
     constants = _constants(steps)
     marks = [s * c * f for c in constants if 1e-6 < c < 1e30 for s in (-1, 1) for f in (0.999, 1, 1.001)]
     points = np.unique(np.array([*_POINTS, *marks]))
+    candidates = _activations(constants, any(op_type == "Tanh" for _, op_type, _, _ in steps))
     best, found = _HALF_TOLERANCE if half else _TOLERANCE, None
     if layout is GateLayout.NONE:
         result = _run(steps, {0: points})
-        for activation, alpha in _activations(constants):
+        for activation, alpha in candidates:
             error = _error(result, activate(activation, alpha, points))
             if error < best:
                 best, found = error, (Kind(activation, layout, alpha=alpha), False)
@@ -58,10 +59,9 @@ def find_kind(
         first, second = order[::-1] if swapped else order
         result = _run(steps, {first: gate, second: up})
         for limit, beta in itertools.product((0.0, *constants), shifts):
-            g = np.minimum(gate, limit) if limit else gate
-            u = np.clip(up, -limit, limit) + beta if limit else up + beta
-            for activation, alpha in _activations(constants):
-                error = _error(result, activate(activation, alpha, g) * u)
+            for activation, alpha in candidates:
+                g, u = bound(activation, limit, gate, up)
+                error = _error(result, activate(activation, alpha, g) * (u + beta))
                 if error < best:
                     best, found = error, (Kind(activation, layout, limit, alpha, beta), swapped)
             if found is not None and best < 1e-12:
@@ -76,11 +76,16 @@ def _constants(steps: tuple[Step, ...]) -> list[float]:
     return sorted(value for value in found if np.isfinite(value) and value > 0)
 
 
-def _activations(constants: list[float]) -> list[tuple[Activation, float]]:
+def _activations(constants: list[float], tanh: bool) -> list[tuple[Activation, float]]:
+    """Activations with the alphas to try; soft caps only where there is a Tanh, for the sake of time."""
     slopes = dict.fromkeys((1.0, 1.702, *constants))
-    return [(Activation.SILU, slope) for slope in slopes] + [
-        (activation, 1.0) for activation in Activation if activation is not Activation.SILU
-    ]
+    caps = dict.fromkeys((1.0, *constants)) if tanh else ()
+    others = (Activation.GELU, Activation.GELU_TANH, Activation.RELU, Activation.RELU2)
+    return (
+        [(Activation.SILU, slope) for slope in slopes]
+        + [(activation, 1.0) for activation in others]
+        + [(Activation.SILU_SOFTCAP, cap) for cap in caps]
+    )
 
 
 def _run(steps: tuple[Step, ...], leaves: dict[int, np.ndarray]) -> np.ndarray:

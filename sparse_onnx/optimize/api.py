@@ -220,8 +220,9 @@ def optimize(
                 report.notes += notes
         if skips is not None:
             skips.set(model)
-            if report.verify.passed is None and skips.compared:
-                report.verify = VerifyRecord("blocks", True, inputs=["each thresholded layer"])
+            if report.verify.passed is None and skips.all_compared:
+                each = f"each of {skips.compared} thresholded layers, and no more than these"
+                report.verify = VerifyRecord("blocks", True, inputs=[each])
         report.notes += [*result.notes, *checks.notes]
         if REQUIRES_KEY in model.metadata_props:
             report.notes.append(f"the result needs {model.metadata_props[REQUIRES_KEY]}")
@@ -230,13 +231,14 @@ def optimize(
                 "float16 weights: the provider computes in float32, and keeps float32 copies of them"
             )
     report.blocks = block_records(model)
-    report.notes += checks.where_verified()
+    if report.verify.passed is not None:
+        report.notes += checks.where_verified()
     fixed_graphs = [fixed.specialise(model, sizes) for sizes in graphs]
     report.static = [
         StaticRecord(
             None if out is None else os.fspath(fixed.beside(Path(out), sizes, at == 0)),
             sizes,
-            checks.static(graph, f"the graph of {fixed.named(sizes)}"),
+            checks.static(model, graph, f"the graph of {fixed.named(sizes)}"),
             place_model(graph, profile, functools.partial(sized_inputs, graph, 1, 1), static=True),
         )
         for at, (sizes, graph) in enumerate(zip(graphs, fixed_graphs, strict=True))

@@ -78,6 +78,7 @@ class Thresholds:
         self.quality: list[QualityRecord] = []
         self.plan: Plan | None = None
         self.before: ir.Model | None = None
+        self.all_compared = False
         self.compared = 0
         """Layers whose weights were compared with what they were, one by one."""
 
@@ -174,6 +175,7 @@ class Thresholds:
         notes = [self._check(model, record.level_input, plan.level)] if check else []
         if check and not whole and plan.mode != "simulate" and self.before is not None:
             self.compared = compare_weights(self.before, model)
+            self.all_compared = self.compared == len(acting(model))
             notes.append(f"{self.compared} thresholded layers have the weights and biases that they had")
         if self.evaluation:
             self.say("measuring quality and what is skipped")

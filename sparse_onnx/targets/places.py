@@ -80,8 +80,10 @@ def start(
         config = {**found.config, **config} if found is not None else config
         if runtime.npm:
             config = {}  # what is set in Python alone
-        whole = isinstance(model, ir.Model) or runtime.npm
-        path = one_file(model, Path(folder)) if whole else os.fspath(model)
+        if isinstance(model, ir.Model) or runtime.npm:
+            path = one_file(model, Path(folder))
+        else:
+            path = os.fspath(model)
         options = {} if found is None else found.provider_options
         return RemoteSession(runtime, path, options, config, record=record, optimize=optimize)
 

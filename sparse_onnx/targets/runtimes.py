@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from sparse_onnx.core.errors import ImpossibleError, OutsideError, UsageError
 
@@ -94,10 +95,12 @@ def root() -> Path:
 def known() -> dict[str, Runtime]:
     data = tomllib.loads(Path(__file__).with_name("runtimes.toml").read_text(encoding="utf-8"))
     lists = ("packages", "npm", "providers")
-    return {
-        name: Runtime(name, **{key: tuple(value) if key in lists else value for key, value in entry.items()})
-        for name, entry in data.items()
-    }
+
+    def runtime(name: str, entry: dict[str, Any]) -> Runtime:
+        given: dict[str, Any] = {key: tuple(value) if key in lists else value for key, value in entry.items()}
+        return Runtime(name, **given)
+
+    return {name: runtime(name, entry) for name, entry in data.items()}
 
 
 def get(name: str) -> Runtime:

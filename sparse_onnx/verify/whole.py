@@ -169,7 +169,7 @@ def compare_whole(
         tokens_left_out=left_out,
         failure=verdict.failure(left_out),
     )
-    missed = coverage.missed() if cover else []
+    missed = coverage.missed() if cover else {}
     if not record.passed or not missed:
         return record
     whole_blocks = reference if neutral is None else neutral

@@ -168,7 +168,7 @@ class TestMalformed:
         self.refused(node, f"attribute '{name}' that is STRING")
 
     @pytest.mark.parametrize(
-        ("name", "number"), [("activation", 5), ("gate_layout", 4), ("weight_layout", -1)]
+        ("name", "number"), [("activation", 6), ("gate_layout", 4), ("weight_layout", -1)]
     )
     def test_a_number_out_of_range(self, node: ir.Node, name: str, number: int) -> None:
         node.attributes[name] = ir.AttrInt64(name, number)

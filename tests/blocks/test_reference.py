@@ -46,7 +46,9 @@ def expert(spec: ExpertSpec, x: np.ndarray, own: dict) -> list[float]:
         pairs = zip(*halves, strict=True)
     hidden = []
     for g, u in pairs:
-        if spec.limit > 0:
+        if spec.limit > 0 and spec.activation is Activation.SILU_SOFTCAP:
+            u = spec.limit * math.tanh(u / spec.limit)
+        elif spec.limit > 0:
             g, u = min(g, spec.limit), max(-spec.limit, min(u, spec.limit))
         hidden.append(act(spec, g) * (u + spec.beta))
     return linear(last, hidden)
@@ -59,6 +61,7 @@ def act(spec: ExpertSpec, x: float) -> float:
         Activation.GELU_TANH: lambda: x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
         Activation.RELU: lambda: max(x, 0.0),
         Activation.RELU2: lambda: max(x, 0.0) ** 2,
+        Activation.SILU_SOFTCAP: lambda: spec.alpha * math.tanh(x / spec.alpha) / (1 + math.exp(-x)),
     }[spec.activation]()
 
 
@@ -85,6 +88,7 @@ def test_is_what_torch_computes(activation: Activation) -> None:
         Activation.GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
         Activation.RELU: functional.relu,
         Activation.RELU2: lambda x: functional.relu(x).square(),
+        Activation.SILU_SOFTCAP: lambda x: torch.tanh(x) * torch.sigmoid(x),
     }
     spec = ExpertSpec(activation, GateLayout.CONCATENATED, WeightLayout.OUT_IN)
     case = Case(spec, experts=1, top_k=1)

@@ -21,6 +21,7 @@ def test_the_numbers_are_a_file_format() -> None:
         ("gelu_tanh", 2),
         ("relu", 3),
         ("relu2", 4),
+        ("silu_softcap", 5),
     ]
     assert [(g.name, int(g)) for g in GateLayout][:3] == [
         ("NONE", 0),
@@ -69,7 +70,8 @@ def test_a_float_read_back_from_float32_is_the_one_written() -> None:
         {"limit": math.nan},
         {"alpha": math.inf},
         {"beta": 1e39},
-        {"activation": 5},
+        {"activation": 6},
+        {"activation": 5, "alpha": 0.0},
         {"gate_layout": 4},
         {"weight_layout": 2},
         {"gate_layout": 0, "limit": 1.0},

@@ -20,11 +20,12 @@ SHAPES = [
 
 def _specs() -> list[ExpertSpec]:
     specs = [ExpertSpec(act, GateLayout.NONE, WeightLayout.OUT_IN) for act in Activation]
-    specs.append(ExpertSpec(Activation.SILU, GateLayout.NONE, WeightLayout.OUT_IN, alpha=1.702))
+    for activation in (Activation.SILU, Activation.SILU_SOFTCAP):
+        specs.append(ExpertSpec(activation, GateLayout.NONE, WeightLayout.OUT_IN, alpha=1.702))
     for layout in (GateLayout.CONCATENATED, GateLayout.INTERLEAVED):
         for activation in Activation:
             for alpha, beta, limit in SHAPES:
-                slope = alpha if activation == Activation.SILU else 1.0
+                slope = alpha if activation in (Activation.SILU, Activation.SILU_SOFTCAP) else 1.0
                 specs.append(ExpertSpec(activation, layout, WeightLayout.IN_OUT, limit, slope, beta))
     return list(dict.fromkeys(specs))
 
@@ -47,6 +48,26 @@ def test_gpt_oss_written_its_own_way(dtype: torch.dtype) -> None:
     assert found == ExpertSpec(Activation.SILU, GateLayout.INTERLEAVED, WeightLayout.IN_OUT, 7.0, 1.702, 1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("caps", [(4.0, 25.0), (30.0, 0.5), (1.5, 200.0)])
+def test_soft_caps_written_their_own_way(caps: tuple[float, float], dtype: torch.dtype) -> None:
+    """As transformers' Inkling2SoftcappedSwiGLU computes it."""
+    a, b = caps
+
+    def inkling2(projected: torch.Tensor) -> torch.Tensor:
+        gate_, up = projected.to(dtype).chunk(2, dim=-1)
+        return (torch.tanh(gate_ / a) * a * torch.sigmoid(gate_) * (torch.tanh(up / b) * b)).to(
+            projected.dtype
+        )
+
+    found = gate.classify(inkling2, True, WeightLayout.OUT_IN)
+    assert found == ExpertSpec(Activation.SILU_SOFTCAP, GateLayout.CONCATENATED, WeightLayout.OUT_IN, b, a)
+
+
+def _soft(x: torch.Tensor, cap: float) -> torch.Tensor:
+    return torch.tanh(x / cap) * cap
+
+
 def _halves(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     first, second = h.chunk(2, dim=-1)
     return first, second
@@ -54,6 +75,20 @@ def _halves(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 UNKNOWN = {
     "softcap": lambda h: torch.tanh(F.silu(_halves(h)[0])) * _halves(h)[1],
+    "softcap of the sigmoid's argument too": lambda h: (
+        F.silu(_soft(_halves(h)[0], 4)) * _soft(_halves(h)[1], 25)
+    ),
+    "only up softcapped": lambda h: F.silu(_halves(h)[0]) * _soft(_halves(h)[1], 25),
+    "up softcapped far away": lambda h: F.silu(_halves(h)[0]) * _soft(_halves(h)[1], 5e4),
+    "gate softcapped far away": lambda h: (
+        _soft(_halves(h)[0], 5e4) * torch.sigmoid(_halves(h)[0]) * _halves(h)[1]
+    ),
+    "softcap and clamp": lambda h: (
+        _soft(_halves(h)[0], 4) * torch.sigmoid(_halves(h)[0]) * _halves(h)[1].clamp(-7, 7)
+    ),
+    "softcap with a slope": lambda h: (
+        _soft(_halves(h)[0], 4) * torch.sigmoid(1.702 * _halves(h)[0]) * _soft(_halves(h)[1], 25)
+    ),
     "clamp after the activation": lambda h: F.silu(_halves(h)[0]).clamp(max=7) * _halves(h)[1].clamp(-7, 7),
     "up before gate": lambda h: F.silu(_halves(h)[1]) * _halves(h)[0],
     "only up clamped": lambda h: F.silu(_halves(h)[0]) * _halves(h)[1].clamp(-7, 7),

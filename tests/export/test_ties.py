@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 import sparse_onnx  # noqa: E402
+from sparse_onnx.core.errors import ImpossibleError  # noqa: E402
 from sparse_onnx.core.report import VerifyRecord  # noqa: E402
 from sparse_onnx.export import check, rounding, samples, sources, ties  # noqa: E402
 
@@ -87,17 +89,20 @@ CALM = [{"batch": batch, "sequence": 9} for batch in (3, 4, 5)]
 UNDECIDED = {"batch": 1, "sequence": LENGTH}
 
 
-def _record(sizes: list[dict[str, int]], wrong: bool = False) -> VerifyRecord:
-    """Of a file that decides by sums in float64."""
+def _record(
+    sizes: list[dict[str, int]], wrong: bool = False, far: float = 0.0, assumption: str = ""
+) -> VerifyRecord:
+    """Of a file that decides by sums in float64; `far` is added to what it gives where the module is undecided."""
     source = _source(Undecided())
     double = Undecided().double()
 
     def answer(feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         with torch.no_grad():
             output = double(torch.from_numpy(feeds["x"]).double()).float().numpy()
-        return [output * (1.001 if wrong else 1.0)]
+        return [output * (1.001 if wrong else 1.0) + (far if feeds["x"].shape[1] == LENGTH else 0.0)]
 
     runs = [samples.drawn(source.interface, each, "random", seed) for seed, each in enumerate(sizes)]
+    runs = [dataclasses.replace(run, assumption=assumption) for run in runs]
     graph = ir.Graph([], [], nodes=[], name="file")
     model = ir.Model(graph, ir_version=10)
     return check.compare(model, source, [], runs, tolerance=1e-4, engine=lambda _: answer)
@@ -126,4 +131,37 @@ def test_runs_that_decide_nothing_are_not_most() -> None:
 
 def test_a_wrong_answer_is_not_rounding() -> None:
     record = _record([*CALM, UNDECIDED], wrong=True)
+    assert record.passed is False and record.failure.startswith("input 3x9")
+
+
+def test_rounding_explains_no_more_than_it_does() -> None:
+    """torch's own answer moves by 2 where it is undecided; the file is off by a thousand there."""
+    record = _record([*CALM, UNDECIDED], far=1e3)
+    assert record.passed is False and record.failure.startswith("input 1x30")
+
+
+def test_nothing_is_left_out_where_the_trace_assumes_something() -> None:
+    with pytest.raises(ImpossibleError, match="only where sequence is 9"):
+        _record([*CALM, UNDECIDED], assumption="sequence is 9")
+
+
+class Counting(nn.Module):
+    """Answers otherwise each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.calls = nn.Parameter(torch.ones(8)), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.weight * (1 + 0.01 * self.calls)
+
+
+def test_a_state_is_not_rounding() -> None:
+    source = _source(Counting())
+    runs = [samples.drawn(source.interface, each, "random", 0) for each in CALM]
+    model = ir.Model(ir.Graph([], [], nodes=[], name="file"), ir_version=10)
+    record = check.compare(
+        model, source, [], runs, tolerance=1e-4, engine=lambda _: lambda feeds: [feeds["x"] * 2.0]
+    )
     assert record.passed is False and record.failure.startswith("input 3x9")

@@ -50,6 +50,11 @@ ACTIVATIONS = {
         1.0,
     ),
     "gelu by tanh": ('h = Gelu <approximate = "tanh"> (p)', Activation.GELU_TANH, 1.0),
+    "softcapped silu": (
+        f"{constant('c', 4)} q = Div (p, c) t = Tanh (q) k = Mul (t, c) s = Sigmoid (p) h = Mul (k, s)",
+        Activation.SILU_SOFTCAP,
+        4.0,
+    ),
     "fast gelu": ("h = com.microsoft.FastGelu (p)", Activation.GELU_TANH, 1.0),
 }
 
@@ -131,6 +136,26 @@ def test_the_clamped_gate_of_gpt_oss() -> None:
     kind = found.kind
     assert (kind.limit, kind.beta, kind.gate_layout) == (7.0, 1.0, GateLayout.INTERLEAVED)
     assert kind.alpha == pytest.approx(1.702)
+
+
+def softcapped(up: str) -> Expert | str:
+    body = f"""{constant("a", 4)} {constant("b", 25)} g = MatMul (x, w1) u0 = MatMul (x, w2)
+      q = Div (g, a) t = Tanh (q) k = Mul (t, a) s = Sigmoid (g) m = Mul (k, s) {up} h = Mul (m, u)"""
+    return read(body, w1=GATE, w2=UP)
+
+
+def test_the_soft_caps_of_inkling_2() -> None:
+    found = softcapped("u1 = Div (u0, b) u2 = Tanh (u1) u = Mul (u2, b)")
+    assert isinstance(found, Expert)
+    kind = found.kind
+    assert kind.activation is Activation.SILU_SOFTCAP and kind.gate_layout is GateLayout.SEPARATE
+    assert (kind.alpha, kind.limit, kind.beta) == (4.0, 25.0, 0.0)
+    assert found.layers["gate"].weight.source.name == "w1"
+
+
+def test_a_soft_cap_beside_a_clamp_is_unknown() -> None:
+    found = softcapped(f"{constant('n', -25)} u = Clip (u0, n, b)")
+    assert isinstance(found, str) and "no known activation" in found
 
 
 NOT_EXPERTS = {

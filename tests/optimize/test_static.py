@@ -124,3 +124,12 @@ def test_a_provider_that_computes_something_else_is_told_from_our_own_fault(
     ):
         sparse_onnx.optimize(path, tmp_path / "o.onnx", static=[{"T": 2}], target="qnn-htp", form="dense")
     assert not (tmp_path / "o.onnx").exists()
+
+
+@pytest.mark.parametrize("verify", ["final", "each"])
+def test_quantized_graphs_of_one_size_are_compared_with_the_quantized_model(tmp_path, verify) -> None:
+    path = save_external(layered_model(Shape()), tmp_path / "in.onnx")
+    report = sparse_onnx.optimize(
+        path, tmp_path / "out.onnx", quantize="int8", verify=verify, static=[{"T": 1}]
+    )
+    assert report.static is not None and report.static[0].verify.passed

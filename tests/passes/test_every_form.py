@@ -38,6 +38,7 @@ EXPERTS, TOP_K, HIDDEN, INNER = 5, 2, 12, 10
 
 
 def shapes() -> Iterator[Shape]:
+    sloped = (Activation.SILU, Activation.SILU_SOFTCAP)
     gates = [(0, False), (1, False), (2, False), (3, True)]
     for activation, (layout, separate), biases in itertools.product(Activation, gates, (False, True)):
         gated = layout != 0
@@ -52,7 +53,7 @@ def shapes() -> Iterator[Shape]:
             biases=biases,
             separate=separate,
             limit=0.7 if gated and biases else 0.0,
-            alpha=1.702 if activation == Activation.SILU and gated and biases else 1.0,
+            alpha=1.702 if activation in sloped and gated and biases else 1.0,
             beta=1.0 if gated and biases else 0.0,
         )
 

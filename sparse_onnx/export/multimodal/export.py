@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparse_onnx.core.errors import ImpossibleError
+from sparse_onnx.core.errors import ImpossibleError, UsageError
 from sparse_onnx.core.report import Report, VerifyRecord
 from sparse_onnx.export import adapters, experts, patches, pipeline
 from sparse_onnx.export.multimodal import chain, cutting, generation, media, parts
@@ -60,6 +61,13 @@ def run(
     record = _chain(source, whole, folder, made, past, say)
     if record is not None:
         pipeline.must_agree(record, source)
+    stale = [FILES[part] for part in FILES if part not in made and (out / FILES[part]).exists()]
+    if stale:
+        raise UsageError(
+            f"the folder has a {stale[0]} of another export, and this one makes none",
+            "remove it, or name another folder",
+            os.fspath(out),
+        )
     say(f"saving into {out.name}")
     out.mkdir(exist_ok=True)
     for part in made:
@@ -170,6 +178,8 @@ def _report(
         f"{FILES[each.kind]} takes {each.described} at a time" for each in whole.media if each.kind in made
     ]
     notes += left_out
+    if record is None:
+        notes.append("each file was compared by itself; as one they were not, since an encoder is missing")
     for part, report in made.items():
         # Every part looks at all experts of the model; the decoder's file is what it is about.
         about = [

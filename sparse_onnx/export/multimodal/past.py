@@ -72,13 +72,19 @@ def with_past(plain: Source, whole: Whole) -> TextPast:
     decoder = decoder_of(plain.module)
     try:
         slots = decoder.layout()
-        decoder.require_continuing(slots)
+        continues = decoder.continues(slots)
     except SparseOnnxError:
         raise
     except Exception as error:  # whatever the model raises where it is given a cache
         raise ImpossibleError(
             f"the model does not run with transformers' own cache: {first_line(error)}", HINT
         ) from error
+    if any(slot.rate or not slot.dtype.is_floating_point for slot in slots):
+        raise ImpossibleError("the cache holds more than keys, values and states", HINT)
+    if not continues:
+        raise ImpossibleError(
+            "transformers' own code for this model forgets its state where several tokens follow a past", HINT
+        )
     longest = getattr(decoder.text, "max_position_embeddings", None)
     interface = EmbedsInterface(_inputs(plain, slots), tuple(decoder.thresholds()), longest)
     own = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}

@@ -9,7 +9,7 @@ enum class Type : int { F32, F16, BF16, I8, U8, I4, U4 };
 
 // W [rows, columns], one input of the layer a row. Integers are (w - zero) * scale, where scale and zero have one entry
 // for `block_rows` x `block_columns` weights, row by row; one of the two blocks is 1, or spans the whole axis. Floats
-// have no scale.
+// have no scale; `zero` is null where all zero points are 0.
 struct Weights {
   Type type;
   const void* data;
@@ -27,14 +27,31 @@ struct Kept {
   int64_t count;
 };
 
+// Where one token's inputs are, and what is kept of them: x - centre where that is not within tau. Steps are 1 or 0.
+struct Rule {
+  const float *tau, *centre;
+  int64_t tau_step, centre_step;
+};
+
+// Columns are shared out in multiples of this: whole bytes, lines of the cache and vectors of every level.
+constexpr int64_t kColumns = 128;
+
 struct Level {
   const char* name;
-  // y[first..last) = the product of one row; y is whole. `scratch` has room for last - first floats.
+  // Inputs that are kept, into index and value, which have room for count + 16; how many.
+  int64_t (*choose)(const float* x, int64_t count, const Rule&, int32_t* index, float* value);
+  // The same with zeros for what is not kept.
+  void (*mask)(const float* x, int64_t count, const Rule&, float* out);
+  // y[first..last) = the product of one row; y is whole, `first` a multiple of kColumns.
   void (*row)(const Weights&, const Kept&, float* y, int64_t first, int64_t last, float* scratch);
-  // y [tokens, columns], columns first..last; x [tokens, rows], zeros where inputs are skipped.
-  void (*rows)(const Weights&, const float* x, int64_t tokens, float* y, int64_t first, int64_t last, float* scratch);
+  int64_t (*row_scratch)(const Weights&, int64_t columns);  // floats that `row` needs
+  // y [tokens, columns] = products + bias, columns first..last. x is in parts of `depth` inputs, [ceil(count / depth), tokens, depth],
+  // with zeros where inputs are skipped and behind the last; `index` has the rows of W that they belong to.
+  void (*rows)(const Weights&, const float* x, const int32_t* index, int64_t count, int64_t tokens, const float* bias,
+               float* y, int64_t first, int64_t last, float* scratch);
   int64_t rows_scratch;  // floats that `rows` needs
-  // Rows to float and back.
+  int64_t depth;
+  // To float and back.
   void (*widen)(Type, const void*, float*, int64_t);
   void (*narrow)(Type, const float*, void*, int64_t);
 };
