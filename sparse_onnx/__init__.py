@@ -16,7 +16,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["bench", "calibrate", "diff", "export", "inspect", "optimize", "register_kernels", "verify"]
+__all__ = [
+    "bench",
+    "calibrate",
+    "diff",
+    "export",
+    "inspect",
+    "optimize",
+    "package",
+    "register_kernels",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from sparse_onnx.bench.api import bench
@@ -25,6 +35,7 @@ if TYPE_CHECKING:
     from sparse_onnx.inspect.api import diff, inspect
     from sparse_onnx.kernels import register_kernels
     from sparse_onnx.optimize.api import optimize
+    from sparse_onnx.package.api import package
     from sparse_onnx.verify.api import verify
 
 

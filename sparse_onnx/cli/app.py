@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": "Interleaved timing of models at several token counts.",
     "calibrate": "What the layers read and where the tokens go, measured on your data.",
     "diff": "What changed between two models: nodes, blocks, weights.",
+    "package": "A folder ready to ship: the model, what it needs, and runners that check it.",
     "kernels": "The native kernels: compile them, or say where they are.",
     "passes": "The catalogue of passes; `passes show NAME` explains one.",
     "targets": "The catalogue of targets; `targets show NAME` explains one.",

@@ -73,7 +73,7 @@ def start(
     """
     with tempfile.TemporaryDirectory(prefix="sparse-onnx-") as folder:
         if where == _FORMAT:
-            return _ort_session(_one_file(model, Path(folder)), config)
+            return _ort_session(one_file(model, Path(folder)), config)
         name = where.removeprefix(_RUNTIME)
         runtime = runtimes.get(name)
         found = _profile(name)
@@ -81,7 +81,7 @@ def start(
         if runtime.npm:
             config = {}  # what is set in Python alone
         if isinstance(model, ir.Model) or runtime.npm:
-            path = _one_file(model, Path(folder))
+            path = one_file(model, Path(folder))
         else:
             path = os.fspath(model)
         options = {} if found is None else found.provider_options
@@ -101,7 +101,7 @@ def _profile(runtime: str) -> TargetProfile | None:
     return next((each for each in found if each.runtime == runtime), None)
 
 
-def _one_file(model: str | os.PathLike[str] | ir.Model, folder: Path) -> str:
+def one_file(model: str | os.PathLike[str] | ir.Model, folder: Path) -> str:
     """The model with its weights inside."""
     proto = ir.to_proto(model) if isinstance(model, ir.Model) else onnx.load(model, load_external_data=False)
     base = None if isinstance(model, ir.Model) else os.path.dirname(os.path.abspath(model))

@@ -27,7 +27,9 @@ HEIGHT = {
     "passes": 2,
     "models": 2,
 }
-HEIGHT |= dict.fromkeys(("optimize", "export", "verify", "bench", "inspect", "calibrate"), 3) | {"cli": 4}
+HEIGHT |= dict.fromkeys(("optimize", "export", "verify", "bench", "inspect", "calibrate", "package"), 3) | {
+    "cli": 4
+}
 
 
 def sources() -> list[Path]:
