@@ -25,8 +25,8 @@ the file takes the first, as ONNX prescribes. An input at which such rounding al
 
 {legend}
 
-"blocks" and "largest error" are those of sparse-onnx. torch.onnx.export is given the model as transformers makes it, with
-its own choice of how experts are computed. An empty cell was not measured, and "of" counts those that were.
+"blocks" and "largest error" are those of sparse-onnx. torch.onnx.export is given the model as transformers makes it,
+with its own choice of how experts are computed. An empty cell was not measured, and "of" counts those that were.
 
 """
 _CACHED = """
