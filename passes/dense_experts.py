@@ -30,33 +30,18 @@ import onnx_ir as ir
 
 from sparse_onnx.blocks import MoEBlock, WeightLayout, is_zero
 from sparse_onnx.blocks.expert import emit_hidden
-from sparse_onnx.blocks.index_type import emit_index, require_index_type
-from sparse_onnx.blocks.lowering import Lowering
+from sparse_onnx.blocks.index_type import IndexedLowering, emit_index
 from sparse_onnx.graph.build import Emitter
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseExperts(Lowering):
+class DenseExperts(IndexedLowering):
     __doc__ = __doc__
     name: ClassVar[str] = "dense_experts"
     form: ClassVar[str] = "dense"
     summary: ClassVar[str] = (
         "all experts on all tokens, then chosen by weight: for targets that can do nothing else"
     )
-
-    index: str = dataclasses.field(
-        default="int64",
-        metadata={
-            "help": "type that the experts' indices are computed in: int64, or int32 where that is not run"
-        },
-    )
-
-    def __post_init__(self) -> None:
-        require_index_type(self.name, self.index)
-
-    @property
-    def label(self) -> str:
-        return self.form if self.index == "int64" else f"{self.form}:index={self.index}"
 
     def rewrite(self, block: MoEBlock, emit: Emitter, opset: int) -> set[str]:
         columns = block.spec.weight_layout == WeightLayout.OUT_IN

@@ -39,35 +39,21 @@ import onnx_ir as ir
 from sparse_onnx.blocks import MoEBlock
 from sparse_onnx.blocks.chosen_weights import ChosenWeights, gather_obstacle
 from sparse_onnx.blocks.expert import emit_hidden
-from sparse_onnx.blocks.index_type import emit_index, require_index_type
-from sparse_onnx.blocks.lowering import Lowering, Problem
+from sparse_onnx.blocks.index_type import IndexedLowering, emit_index
+from sparse_onnx.blocks.lowering import Problem
 from sparse_onnx.blocks.routing import never_dropped
 from sparse_onnx.blocks.weighted_sum import emit_kept_weight, emit_weighted_sum
 from sparse_onnx.graph.build import Emitter
 
 
 @dataclasses.dataclass(frozen=True)
-class GatherExperts(Lowering):
+class GatherExperts(IndexedLowering):
     __doc__ = __doc__
     name: ClassVar[str] = "gather_experts"
     form: ClassVar[str] = "gathered"
     summary: ClassVar[str] = (
         "each slot's weights gathered, one batched product: static shapes for targets that need them"
     )
-
-    index: str = dataclasses.field(
-        default="int64",
-        metadata={
-            "help": "type that the experts' indices are computed in: int64, or int32 where that is not run"
-        },
-    )
-
-    def __post_init__(self) -> None:
-        require_index_type(self.name, self.index)
-
-    @property
-    def label(self) -> str:
-        return self.form if self.index == "int64" else f"{self.form}:index={self.index}"
 
     def problem(self, block: MoEBlock, opset: int) -> Problem | None:
         found = (gather_obstacle(value, role) for role, value in block.weights.items())

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError
-from sparse_onnx.export.failure import first_line
+from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export.multimodal.parts import positions
 from sparse_onnx.export.multimodal.whole import Whole
 from sparse_onnx.export.past.cache import HINT, Decoder, Slot
+from sparse_onnx.export.past.slots import own_cache
 from sparse_onnx.export.past.source import PastInterface, PastSource
 from sparse_onnx.export.samples import Kind, Spec
 from sparse_onnx.export.sources import Source
@@ -70,15 +70,9 @@ def with_past(plain: Source, whole: Whole) -> TextPast:
         ImpossibleError: it has none, or one that has no such inputs.
     """
     decoder = decoder_of(plain.module)
-    try:
+    with own_cache():
         slots = decoder.layout()
         continues = decoder.continues(slots)
-    except SparseOnnxError:
-        raise
-    except Exception as error:  # whatever the model raises where it is given a cache
-        raise ImpossibleError(
-            f"the model does not run with transformers' own cache: {first_line(error)}", HINT
-        ) from error
     if any(slot.rate or not slot.dtype.is_floating_point for slot in slots):
         raise ImpossibleError("the cache holds more than keys, values and states", HINT)
     if not continues:

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError
+from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export import samples
-from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.past.cross_cache import (
     CACHED,
     HIDDEN,
@@ -29,7 +28,7 @@ from sparse_onnx.export.past.cross_cache import (
     only_new,
     presents,
 )
-from sparse_onnx.export.past.slots import HINT
+from sparse_onnx.export.past.slots import HINT, own_cache
 from sparse_onnx.export.past.source import PastInterface, PastSource
 from sparse_onnx.export.samples import Interface, Kind, Spec
 from sparse_onnx.export.sources import Source
@@ -146,16 +145,10 @@ def with_encoder(source: Source) -> CrossSource:
     encoder = Source(
         f"{source.name} (encoder)", module.get_encoder(), Interface(text), True, owned=source.owned
     )
-    try:
+    with own_cache():
         with torch.no_grad():
             hidden = encoder.forward({name: spec.example[:1] for name, spec in text.items()})[0]
         slots = decoder.layout(hidden)
-    except SparseOnnxError:
-        raise
-    except Exception as error:  # whatever the model raises where it is given a cache
-        raise ImpossibleError(
-            f"the model does not run with transformers' own cache: {first_line(error)}", HINT
-        ) from error
     longest = getattr(decoder.text, "max_position_embeddings", None)
     own = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
     changed = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_onnx.core.errors import ImpossibleError
+from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError
+from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.past import compressed, reference
 
 HINT = "export it without --past"
@@ -21,6 +23,23 @@ _GROWING = {
     "indexer_position": (1, "indexer_position_ids"),
 }
 _STATES = ("conv_state", "recurrent_state")
+
+
+@contextlib.contextmanager
+def own_cache() -> Iterator[None]:
+    """Within the block the model runs with a cache of transformers; whatever it raises there is its refusal of one.
+
+    Raises:
+        ImpossibleError: it raises.
+    """
+    try:
+        yield
+    except SparseOnnxError:
+        raise
+    except Exception as error:
+        raise ImpossibleError(
+            f"the model does not run with transformers' own cache: {first_line(error)}", HINT
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

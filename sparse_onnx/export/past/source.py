@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError
+from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export import patches, samples
-from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.past import reference
 from sparse_onnx.export.past.cache import Decoder, presents
-from sparse_onnx.export.past.slots import HINT, Slot, blocks_axis
+from sparse_onnx.export.past.slots import HINT, Slot, blocks_axis, own_cache
 from sparse_onnx.export.samples import Interface, Kind, Spec
 from sparse_onnx.export.sources import Source
 
@@ -233,17 +232,11 @@ def with_past(source: Source) -> PastSource:
 
         return with_encoder(source)
     decoder = Decoder.of(source.module)
-    try:
+    with own_cache():
         slots = decoder.layout()
         stepwise = not decoder.continues(slots)
         with patches.replaced(source.module):
             forgets = stepwise and not decoder.continues(slots)
-    except SparseOnnxError:
-        raise
-    except Exception as error:  # whatever the model raises where it is given a cache
-        raise ImpossibleError(
-            f"the model does not run with transformers' own cache: {first_line(error)}", HINT
-        ) from error
     if forgets:
         raise ImpossibleError(
             "transformers' own code for this model forgets its state where several tokens follow a past", HINT
