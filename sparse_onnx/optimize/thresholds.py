@@ -279,7 +279,7 @@ class Thresholds:
     def _record(
         self, model: ir.Model, plan: Plan, level_input: str, seen: dict[str, Seen]
     ) -> ThresholdsRecord:
-        costs = Costs.of(self.asked.calibration)
+        costs = Costs.of(self.asked.calibration, self.asked.method)
         reads = {site.name: read for site, read in zip(costs.sites, costs.reads, strict=True)}
         total = {site.name: site.bytes for site in costs.sites}
         rows = []
@@ -294,7 +294,7 @@ class Thresholds:
             rows.append(
                 SiteRecord(name, len(items), site.centring, expected, measured, round(read), round(skipped))
             )
-        whole = round(sum(costs.reads))
+        whole = round(costs.total)
         left_out = sum(row.bytes_skipped for row in rows)
         return ThresholdsRecord(
             calibration=self.asked.path,
