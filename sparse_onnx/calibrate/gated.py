@@ -87,7 +87,10 @@ def _of_experts(
     block: MoEBlock, collector: BlockCollector, tokens: int, sizes: Sizes, seed: tuple[int, ...]
 ) -> GatedRecord:
     experts = Experts(block)
-    pairs = [collector.pairs(False, sizes.rows, (*seed, 2)), collector.pairs(True, sizes.held_out, (*seed, 3))]
+    pairs = [
+        collector.pairs(False, sizes.rows, (*seed, 2)),
+        collector.pairs(True, sizes.held_out, (*seed, 3)),
+    ]
     first, second = (own if len(own[0]) else other for own, other in (pairs, pairs[::-1]))
     activated, _ = experts.gated(*first)
     points = quantiles(np.abs(activated))

@@ -1,6 +1,7 @@
 """CALIB.json: what `sparse-onnx calibrate` measured of one model, and what `optimize --thresholds` reads.
 
-Field names are the JSON contract (schema 2; files of schema 1, which lack `gated`, are read as well). Every number is finite; ``None`` stands for what does not apply.
+Field names are the JSON contract (schema 2; files of schema 1, which lack `gated`, are read as well). Every number is
+finite; ``None`` stands for what does not apply.
 """
 
 from __future__ import annotations

@@ -57,11 +57,7 @@ class GatedLayer:
 def gated_layers(found: Sites) -> tuple[list[GatedLayer], list[Refusal]]:
     """Those among the layers of sites, in graph order, and why others that multiply two branches are none."""
     known = {id(layer.output): layer for site in found for layer in site.layers}
-    names = {
-        layer.node: name
-        for site in found
-        for layer, name in zip(site.layers, site.names, strict=True)
-    }
+    names = {layer.node: name for site in found for layer, name in zip(site.layers, site.names, strict=True)}
     gated: list[GatedLayer] = []
     refusals: list[Refusal] = []
     for site in found:

@@ -209,7 +209,11 @@ def numbers_of(item: Acting, values: dict[str, ir.Value]) -> tuple[np.ndarray, n
         folded = read_array(tensors[-1])  # type: ignore[arg-type]
         if len(tensors) == 4:
             return read_array(tensors[0]), folded, centre  # type: ignore[arg-type]
-        return stored_numbers(tensors[:3], attribute(node, "axis"), attribute(node, "block_size")), folded, centre
+        return (
+            stored_numbers(tensors[:3], attribute(node, "axis"), attribute(node, "block_size")),
+            folded,
+            centre,
+        )
     if item.weight:
         parts = [values[name].const_value for name in (item.weight, item.folded)]
         return read_array(parts[0]), read_array(parts[1]), centre  # type: ignore[arg-type]

@@ -45,9 +45,7 @@ class Gated:
 
 def by_unit(weight: LayerWeight) -> LayerWeight:
     """A matrix ``[K, I]`` as ``[I, K]``."""
-    return dataclasses.replace(
-        weight, out_in=not weight.out_in, inputs=weight.outputs, outputs=weight.inputs
-    )
+    return dataclasses.replace(weight, out_in=not weight.out_in, inputs=weight.outputs, outputs=weight.inputs)
 
 
 def gated_obstacle(layer: GatedLayer, mode: Mode) -> Problem | None:
@@ -149,9 +147,7 @@ def _bias(names: Namespace, product: Product, width: int, dtype: ir.DataType) ->
     return names.initializer(product.home, (dtype, numbers.tobytes(), "added"), held)
 
 
-def _gathered(
-    emit: Emitter, a: ir.Value, x: ir.Value, dtype: ir.DataType, given: list[ir.Value]
-) -> ir.Value:
+def _gathered(emit: Emitter, a: ir.Value, x: ir.Value, dtype: ir.DataType, given: list[ir.Value]) -> ir.Value:
     up, up_bias, down, bound, bias = given
     skipped = emit.op("LessOrEqual", emit.op("Abs", a), bound)
     tokens = emit.op("Div", emit.op("Size", a), emit.op("Shape", down, start=0, end=1))

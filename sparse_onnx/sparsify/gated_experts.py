@@ -1,25 +1,28 @@
-"""Gated experts whose gate says which units are skipped: their gate and up apart, and a layer of each expert."""
+"""Gated experts whose gate says which units are skipped: a layer of each expert behind its gate."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.blocks import MoEBlock, is_zero, make_node
+from sparse_onnx.blocks import MoEBlock
 from sparse_onnx.blocks.expert import emit_activation
 from sparse_onnx.blocks.expert_weights import ExpertWeights
 from sparse_onnx.blocks.lowering import Problem
-from sparse_onnx.blocks.quantized import Quantized
-from sparse_onnx.blocks.spec import DOMAIN, GateLayout, WeightLayout
+from sparse_onnx.blocks.spec import DOMAIN, GateLayout
 from sparse_onnx.graph.build import Emitter, Namespace
-from sparse_onnx.graph.external import read_array, slice_first_axis
-from sparse_onnx.graph.stacked import computed, stack
-from sparse_onnx.matching.values import tensor
 from sparse_onnx.sparsify.emit import Threshold
 from sparse_onnx.sparsify.expert_matrix import expert_weight
-from sparse_onnx.sparsify.gated import Gated, by_unit, emit_gated, emit_masked_product, gated_opset, weights_obstacle
+from sparse_onnx.sparsify.gated import (
+    Gated,
+    by_unit,
+    emit_gated,
+    emit_masked_product,
+    gated_opset,
+    weights_obstacle,
+)
+from sparse_onnx.sparsify.halves import halves_obstacle
 from sparse_onnx.sparsify.layers import FLOATS, Product
 from sparse_onnx.sparsify.plan import Mode
 from sparse_onnx.sparsify.record import Acting, tag
@@ -30,82 +33,15 @@ def experts_gated_obstacle(block: MoEBlock, mode: Mode) -> Problem | None:
     if block.dtype not in FLOATS:
         return "its tokens are none of float32, float16 and bfloat16", ""
     roles = block.spec.roles
-    if block.spec.gate_layout is GateLayout.CONCATENATED:
-        held = [tensor(block.weights[role]) for role in roles]
-        if any(each is None or each.dtype != block.dtype for each in held):
-            return (
-                "its experts' gate and up are one matrix that is no constant of the tokens' type",
-                "calibrate the model before it is quantized; --quantize comes behind",
-            )
-        return None
-    try:
-        up, down = (expert_weight(block, role, 0) for role in roles[1:])
+    fused = block.spec.gate_layout is GateLayout.CONCATENATED
+    problem = halves_obstacle(block) if fused else None
+    if problem is not None:
+        return problem
+    try:  # a matrix of both gate and up is stored as up will be
+        up, down = (expert_weight(block, role, 0) for role in roles[-2:])
     except ValueError as error:
         return str(error), ""
     return weights_obstacle(up, down, block.dtype, mode)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Half:
-    """Of one expert's matrix, along that axis."""
-
-    axis: int
-    at: int
-
-    def __call__(self, *arrays: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(np.split(arrays[0], 2, axis=self.axis)[self.at])
-
-
-def apart(block: MoEBlock, names: Namespace) -> MoEBlock:
-    """The block with gate and up as matrices of their own, in place of the one that holds both."""
-    spec = block.spec
-    if spec.gate_layout is not GateLayout.CONCATENATED:
-        return block
-    first, last = spec.roles
-    separate = dataclasses.replace(spec, gate_layout=GateLayout.SEPARATE)
-    graph, source = block.node.graph, block.weights[first]
-    assert isinstance(graph, ir.Graph) and isinstance(source.graph, ir.Graph)
-    home = source.graph
-    held, bias = tensor(source), block.weights[f"{first}_bias"]
-    assert held is not None and block.experts is not None and block.inner is not None
-    experts, *shape = held.shape.numpy()
-    axis = 0 if spec.weight_layout is WeightLayout.OUT_IN else 1
-    shape[axis] //= 2
-    weights = {"down": block.weights[last], "down_bias": block.weights[f"{last}_bias"]}
-    zero = is_zero(bias)
-    for at, role in enumerate(("gate", "up")):
-        name = f"{source.name}.{role}"
-        parts = [
-            computed(
-                _Half(axis, at), [slice_first_axis(held, expert, name)], held.dtype, shape, f"{name}.{expert}"
-            )
-            for expert in range(experts)
-        ]
-        weights[role] = names.initializer(home, (source.name, role), stack(parts, name))
-        kept = tensor(bias)
-        numbers = np.zeros((experts, block.inner), block.dtype.numpy())
-        if not zero:
-            assert kept is not None
-            numbers = np.split(read_array(kept), 2, axis=1)[at]
-        added = ir.Tensor(np.ascontiguousarray(numbers), block.dtype, name=f"{name}_bias")
-        weights[f"{role}_bias"] = names.initializer(home, (source.name, role, "bias"), added)
-    node = make_node(
-        separate, block.tokens, block.expert_index, block.expert_weight, weights, name=block.name
-    )
-    old = block.node
-    node.metadata_props.update(old.metadata_props)
-    graph.insert_before(old, node)
-    output, name = node.outputs[0], old.outputs[0].name
-    output.shape, output.type = old.outputs[0].shape, old.outputs[0].type
-    ir.convenience.replace_all_uses_with(old.outputs[0], output, replace_graph_outputs=True)
-    graph.remove(old, safe=True)
-    output.name = name
-    for value in (source, bias):
-        if isinstance(value.graph, ir.Graph) and not value.uses() and not value.is_graph_output():
-            value.graph.initializers.pop(value.name or "", None)
-    result = MoEBlock.of(node)
-    assert result is not None
-    return result
 
 
 class GatedExperts(ExpertWeights):
@@ -129,9 +65,7 @@ class GatedExperts(ExpertWeights):
             result = self.linear(emit, "down", expert, emit_masked_product(emit, a, h, threshold))
             nbytes = sum(expert_weight(block, role, expert).nbytes for role in ("up", "down"))
             bound = threshold.bound.name or ""
-            tag(
-                emit.nodes[-1], Acting(threshold.site, a.name or "", bound, "", nbytes, rows=h.name or "")
-            )
+            tag(emit.nodes[-1], Acting(threshold.site, a.name or "", bound, "", nbytes, rows=h.name or ""))
             return result
         up, down = (self._product_of(role, expert) for role in ("up", "down"))
         self.domains.add(DOMAIN)

@@ -18,7 +18,8 @@ from sparse_onnx.matching.sites import sites
 from sparse_onnx.sparsify.dial import emit_dial
 from sparse_onnx.sparsify.emit import Threshold
 from sparse_onnx.sparsify.gated import gated_obstacle, gated_opset, rewrite_gated
-from sparse_onnx.sparsify.gated_experts import apart, experts_gated_obstacle, experts_gated_opset
+from sparse_onnx.sparsify.gated_experts import experts_gated_obstacle, experts_gated_opset
+from sparse_onnx.sparsify.halves import apart
 from sparse_onnx.sparsify.plan import Mode, Plan, SitePlan
 from sparse_onnx.sparsify.record import Thresholds, forget, record_thresholds
 
@@ -77,14 +78,16 @@ def gated_sites(model: ir.Model) -> GatedSites:
         if problem is None:
             found.append(GatedSite(experts_name(block), block))
         else:
-            refusals.append(Refusal(f"block '{block.name}': {problem}", block.node.name or "", "", "calibrate"))
+            refusals.append(
+                Refusal(f"block '{block.name}': {problem}", block.node.name or "", "", "calibrate")
+            )
     return GatedSites(tuple(found), tuple(refusals))
 
 
 def write_gated(
     model: ir.Model, chosen: Sequence[tuple[GatedSite, SitePlan]], plan: Plan, left: Sequence[str]
 ) -> None:
-    """Puts the thresholds of a plan into a model: the dial, layers, marks on blocks. `left` are sites that stay dense."""
+    """Puts a plan's thresholds into a model: the dial, layers, marks on blocks. `left` are sites that stay dense."""
     forget(model)
     names, types = Namespace(model), [site.dtype for site, _ in chosen]
     level, bounds = emit_dial(model, names, [own.table for _, own in chosen], types, plan.level)

@@ -78,7 +78,10 @@ def make(layer: Gated) -> Made:
     arrays["tau"] = np.array([layer.tau], dtype)
     arrays["bias"] = rng.normal(size=layer.outputs).astype(dtype)
     op = "ThresholdedGatedMLP" if layer.stored is None else "ThresholdedGatedMLPNBits"
-    kind, cast = TYPES[layer.dtype], layer.dtype == "bfloat16"  # which onnxruntime takes from nobody in Python
+    kind, cast = (
+        TYPES[layer.dtype],
+        layer.dtype == "bfloat16",
+    )  # which onnxruntime takes from nobody in Python
     names = ("a", "x", "y") if cast else ("A", "X", "Y")
     nodes = [helper.make_node(op, [*names[:2], *arrays], [names[2]], domain="sparse_onnx", **attributes)]
     if cast:
