@@ -9,6 +9,9 @@ take turns, and a session's threshold is an input: one session gives all sparsit
 Dense: float32 MatMul; int8 MatMulNBits (accuracy level 4, blocks of 32 and 128) and DynamicQuantizeLinear with
 MatMulInteger; int4 MatMulNBits (accuracy levels 0 and 4, blocks of 32 and 128). All but level 0 round activations to 8
 bits; the native kernels do not.
+
+`--gated` measures a whole gated feed-forward layer instead, of `inputs x hidden units`, against its three dense layers:
+the gate runs dense in both, and its activation says which units up and down skip (CATS).
 """
 
 from __future__ import annotations
@@ -25,11 +28,12 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: TID251 - the models 
 
 from sparse_onnx.bench.measure import Contestant, interleave
 from sparse_onnx.bench.tables import markdown
+from sparse_onnx.bench.thresholded_gated import dense_gated, gate_tau, thresholded_gated
 from sparse_onnx.blocks.spec import DOMAIN
 from sparse_onnx.kernels import build, register_kernels
 
 #: Thresholds of standard normal inputs by the share that they skip.
-TAU = {0: -1.0, 30: 0.3853205, 50: 0.6744898}
+TAU = {0: -1.0, 30: 0.3853205, 50: 0.6744898, 70: 1.0364334}
 _MICROSOFT = "com.microsoft"
 
 Part = tuple[list[onnx.NodeProto], list[onnx.TensorProto]]
@@ -43,10 +47,23 @@ class Kind:
     bits: int
     native: bool
     make: Callable[[int, int, int], Part]
+    gated: bool = False
+
+    @property
+    def matrices(self) -> int:
+        return 3 if self.gated else 1
+
+    def tau(self, skipped: int, inputs: int) -> float:
+        return gate_tau(skipped, inputs) if self.gated and skipped else TAU[skipped]
 
 
-def kinds(dtype: str) -> Iterator[Kind]:
+def kinds(dtype: str, gated: bool = False) -> Iterator[Kind]:
     """The dense ones first."""
+    if gated:
+        if dtype == "float32":
+            yield Kind("gated: 3 MatMul", 32, False, dense_gated, True)
+            yield Kind("gated: thresholded by its gate", 32, True, thresholded_gated, True)
+        return
     if dtype == "float32":
         yield Kind("MatMul", 32, False, _dense)
         yield Kind("thresholded", 32, True, _thresholded)
@@ -63,18 +80,28 @@ def kinds(dtype: str) -> Iterator[Kind]:
 
 
 def measure(
-    dtype: str, inputs: int, outputs: int, tokens: int, threads: int, *, stack_mb: float, rounds: int
+    dtype: str,
+    inputs: int,
+    outputs: int,
+    tokens: int,
+    threads: int,
+    *,
+    stack_mb: float,
+    rounds: int,
+    gated: bool = False,
 ) -> Iterator[tuple[str, float, dict[int, float]]]:
     """Of each kind its name, milliseconds a layer at 0 % (or dense), and ratios to the fastest dense kind."""
-    found = list(kinds(dtype))
+    found = list(kinds(dtype, gated))
     rng = np.random.default_rng(0)
     xs = [rng.standard_normal((tokens, inputs)).astype(np.float32) for _ in range(4)]
     contestants, rows = [], []
     for kind in found:
-        layers = max(1, int(np.ceil(stack_mb * 2**20 * 8 / (inputs * outputs * kind.bits))))
+        size = kind.matrices * inputs * outputs * kind.bits
+        layers = max(1, int(np.ceil(stack_mb * 2**20 * 8 / size)))
         session = _session(kind, inputs, outputs, layers, threads)
         for skipped in TAU if kind.native else (None,):
-            contestants.append(Contestant(kind.name, _runner(session, xs, skipped)))
+            tau = None if skipped is None else kind.tau(skipped, inputs)
+            contestants.append(Contestant(kind.name, _runner(session, xs, tau)))
             rows.append((kind, skipped, layers))
     seconds = interleave(contestants, len(xs), rounds=rounds) / np.array([row[2] for row in rows])
     dense = min(
@@ -99,16 +126,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--stack-mb", type=float, default=320, help="weights of a stack; more than the last cache"
     )
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--gated", action="store_true", help="gated layers, inputs x hidden units; float32")
     given = parser.parse_args(arguments)
     build()
     table = []
     for tokens in map(int, given.tokens.split(",")):
         for shape in given.shapes.split(","):
             for threads in map(int, given.threads.split(",")):
-                for dtype in given.types.split(","):
+                for dtype in ["float32"] if given.gated else given.types.split(","):
                     inputs, outputs = map(int, shape.split("x"))
                     rows = measure(
-                        dtype, inputs, outputs, tokens, threads, stack_mb=given.stack_mb, rounds=given.rounds
+                        *(dtype, inputs, outputs, tokens, threads),
+                        stack_mb=given.stack_mb,
+                        rounds=given.rounds,
+                        gated=given.gated,
                     )
                     for name, ms, ratios in rows:
                         cells = [f"{ratios[share]:.2f}" if share in ratios else "" for share in TAU]
@@ -118,9 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _runner(
-    session: onnxruntime.InferenceSession, xs: Sequence[np.ndarray], skipped: int | None
+    session: onnxruntime.InferenceSession, xs: Sequence[np.ndarray], tau: float | None
 ) -> Callable[[int], object]:
-    fed = [{"X": x} if skipped is None else {"X": x, "tau": np.array([TAU[skipped]], np.float32)} for x in xs]
+    fed = [{"X": x} if tau is None else {"X": x, "tau": np.array([tau], np.float32)} for x in xs]
     return lambda index: session.run(None, fed[index])
 
 
@@ -132,12 +163,12 @@ def _session(
     constants = [tensor for _, tensors in parts for tensor in tensors]
     if kind.native:
         fed.append(helper.make_tensor_value_info("tau", TensorProto.FLOAT, [1]))
-        constants.append(numpy_helper.from_array(np.zeros(1, np.float32), "centre"))
-        constants.append(numpy_helper.from_array(np.zeros(outputs, np.float32), "bias"))
-    results = [
-        helper.make_tensor_value_info(f"Y{index}", TensorProto.FLOAT, [None, outputs])
-        for index in range(layers)
-    ]
+        width = inputs if kind.gated else outputs
+        constants.append(
+            numpy_helper.from_array(np.zeros(outputs if kind.gated else 1, np.float32), "centre")
+        )
+        constants.append(numpy_helper.from_array(np.zeros(width, np.float32), "bias"))
+    results = [helper.make_tensor_value_info(f"Y{index}", TensorProto.FLOAT, None) for index in range(layers)]
     nodes = [node for nodes, _ in parts for node in nodes]
     versions = {"": 21, DOMAIN: 1, _MICROSOFT: 1}
     model = helper.make_model(

@@ -137,9 +137,22 @@ constexpr int kAcross = 2;
 constexpr int kDown = 4;
 constexpr int kRows = 16;  // rows of weights that are numbers at a time
 
+// The sums of kLanes vectors, one a lane.
+INLINE Floats totals(Floats* vectors) {
+#pragma GCC unroll 4
+  for (int count = kLanes / 2; count; count /= 2)
+#pragma GCC unroll 8
+    for (int at = 0; at < count; ++at) {
+      Floats a = vectors[at], b = vectors[at + count];
+      interleave(a, b);
+      vectors[at] = a + b;
+    }
+  return vectors[0];
+}
+
 template <int kCount>
 INLINE void cross_tile(const float* weights, const float* x, int64_t stride, int64_t depth, float* sums, int64_t step) {
-  Floats sum[kDown][kCount] = {};
+  Floats sum[kCount][kDown] = {};
   int64_t k = 0;
   for (; k + kLanes <= depth; k += kLanes) {
     Floats own[kCount];
@@ -147,14 +160,26 @@ INLINE void cross_tile(const float* weights, const float* x, int64_t stride, int
     for (int t = 0; t < kCount; ++t) own[t] = load<Floats>(x + t * stride + k);
 #pragma GCC unroll 4
     for (int r = 0; r < kDown; ++r) {
-      const Floats row = load<Floats>(weights + r * kStrip + k);
+      Floats row = load<Floats>(weights + r * kStrip + k);
+      HOLD(row);
 #pragma GCC unroll 4
-      for (int t = 0; t < kCount; ++t) sum[r][t] += row * own[t];
+      for (int t = 0; t < kCount; ++t) sum[t][r] += row * own[t];
     }
   }
-  for (int r = 0; r < kDown; ++r)
-    for (int t = 0; t < kCount; ++t) {
-      float rest = total(sum[r][t]);
+  float found[kCount * kDown];
+  Floats apart[kCount * kDown];  // not `sum` itself: what has an address does not stay in registers
+#pragma GCC unroll 4
+  for (int t = 0; t < kCount; ++t)
+#pragma GCC unroll 4
+    for (int r = 0; r < kDown; ++r) apart[t * kDown + r] = sum[t][r];
+  if constexpr (kCount * kDown % kLanes == 0) {
+    for (int at = 0; at < kCount * kDown; at += kLanes) store(found + at, totals(apart + at));
+  } else {
+    for (int at = 0; at < kCount * kDown; ++at) found[at] = total(apart[at]);
+  }
+  for (int t = 0; t < kCount; ++t)
+    for (int r = 0; r < kDown; ++r) {
+      float rest = found[t * kDown + r];
       for (int64_t at = k; at < depth; ++at) rest += weights[r * kStrip + at] * x[t * stride + at];
       sums[t * step + r] += rest;
     }
