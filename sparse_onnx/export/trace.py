@@ -23,6 +23,7 @@ from sparse_onnx.export import (
     patches,
     program_fixes,
     python_numbers,
+    randomness,
     scans,
     torch_functions,
     translate,
@@ -94,6 +95,7 @@ def _trace_module(
 ) -> Traced:
     with torch.no_grad(), torch_functions.replaced():
         program = torch.export.export(source.module, (), inputs, dynamic_shapes=shapes, strict=False)
+    randomness.refuse(program.graph_module)
     runnable, assumptions = _runnable(program, source.interface), guards.guards_of(program, source.interface)
     symbols = _symbols(program, source.interface)
     names = _output_names(source.forward(inputs), inputs)
@@ -132,6 +134,7 @@ def _trace_transformers(
     ):
         config = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
         program, _ = DynamoExporter().export_program(wanted, dict(inputs), config)
+        randomness.refuse(program.graph_module)
         runnable, assumptions = (
             _runnable(program, source.interface),
             guards.guards_of(program, source.interface),
