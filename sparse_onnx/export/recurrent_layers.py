@@ -106,7 +106,8 @@ def _function(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
 def _stacked(
     kind: str, x: Tensor, states: Any, weights: Any, biased: bool, layers: int, both: bool, batch_first: bool
 ) -> Any:
-    count, ends = 4 if biased else 2, []
+    count = 4 if biased else 2
+    ends: list[list[Tensor]] = []
     for _ in range(layers):
         outputs = []
         for backwards in (False, True) if both else (False,):
