@@ -41,8 +41,8 @@ try {
     told.text = await page.$eval('#text', (each) => each.textContent);
     told.speed = await page.$eval('#speed', (each) => each.textContent);
     told.experts = await page.$$eval('#rows tr', (rows) => rows.map((row) =>
-      [...row.querySelectorAll('td')].map((cell) => [...cell.querySelectorAll('.cells i')]
-        .flatMap((each, expert) => (each.classList.contains('used') ? [expert] : [])))));
+      [...row.querySelectorAll('td')].map((cell) => [...cell.querySelectorAll('.used i')]
+        .map((each) => Number(each.style.gridColumnStart) - 1))));
     told.spoken = await page.$$eval('#rows tr', (rows) => rows.map((row) =>
       [row.querySelector('th').getAttribute('aria-label'), ...[...row.querySelectorAll('td .spoken')].map((each) => each.textContent)]));
     if (request.keys) {

@@ -34,12 +34,19 @@ function busy(running) {
   $('output').setAttribute('aria-busy', String(running));
 }
 
+// So many places in a line; what is in them says where it lies.
+function cells(experts, filled, kind) {
+  const made = element('span', { className: `cells ${kind}`, ariaHidden: 'true' }, ...filled);
+  made.style.setProperty('--experts', experts);
+  return made;
+}
+
 function head() {
   const row = element('tr', {}, element('th', { scope: 'col', textContent: 'byte' }));
   layers.forEach(({ block, experts }, number) => {
     const cell = element('th', { scope: 'col', title: block }, element('span', { textContent: `layer ${number}` }));
     const digits = Array.from({ length: experts }, (_, expert) => element('i', { textContent: expert }));
-    cell.append(element('span', { className: 'cells numbers', ariaHidden: 'true' }, ...digits));
+    cell.append(cells(experts, digits, 'numbers'));
     row.append(cell);
   });
   table.tHead.replaceChildren(row);
@@ -57,14 +64,14 @@ function add(id) {
 function fill(row, chosen) {
   chosen.forEach((used, layer) => {
     const { experts } = layers[layer];
-    const cells = Array.from({ length: experts }, () => element('i'));
-    for (const expert of used) {
-      cells[expert].className = 'used';
-      cells[expert].style.setProperty('--hue', hue(expert, experts));
-      cells[expert].textContent = expert;
-    }
+    const coloured = used.map((expert) => {
+      const made = element('i', { textContent: expert });
+      made.style.gridColumn = expert + 1;
+      made.style.setProperty('--hue', hue(expert, experts));
+      return made;
+    });
     const words = element('span', { className: 'spoken', textContent: used.length ? `experts ${used.join(', ')}` : 'none' });
-    row.append(element('td', {}, element('span', { className: 'cells', ariaHidden: 'true' }, ...cells), words));
+    row.append(element('td', {}, cells(experts, coloured, 'used'), words));
   });
   row.dataset.experts = JSON.stringify(chosen);
 }
