@@ -66,8 +66,12 @@ def build(
         made.append((form, path))
     if neutral_blocks(io.load(main)):
         say(f"lowering for {profile.name}")
-        optimize(main, main, target=profile.name)
+        record = optimize(main, main, target=profile.name).verify
         notes.append(f"the model was lowered for {profile.name} as `sparse-onnx optimize` does")
+        notes += [
+            f"not to be run with {each.replace(': ', f', as on {record.on} ', 1)}"
+            for each in (record.not_run if record is not None else ())
+        ]
     same = [(form, path) for form, path in made if path.read_bytes() == main.read_bytes()]
     for _, path in same:
         path.unlink()

@@ -43,6 +43,7 @@ class Runtime:
         debian: files by Debian package; nothing else of those packages is kept.
         finish: JavaScript that Node runs in the folder at the end.
         providers: what sessions are created with, as the runtime calls them; none where it runs no model by itself.
+        simulates: whether the device is simulated in software; its runs say nothing of time, or of races on the device.
         plugin: module of a provider that is registered when a session is created.
         environment: variables of the process; `{folder}` is the runtime's.
     """
@@ -54,6 +55,7 @@ class Runtime:
     npm: tuple[str, ...] = ()
     debian: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     finish: str = ""
+    simulates: bool = False
     plugin: str = ""
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
