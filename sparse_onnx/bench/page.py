@@ -1,6 +1,6 @@
 """The page of a package in headless Chromium, and the picture of it in the docs.
 
-    python -m sparse_onnx.bench.page docs/images/page.png
+python -m sparse_onnx.bench.page docs/images/page.png
 """
 
 from __future__ import annotations

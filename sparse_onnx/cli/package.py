@@ -25,8 +25,8 @@ from sparse_onnx.cli.output import Output
 @click.option(
     "--page/--no-page",
     default=None,
-    help="A page that generates text in a browser and shows each byte's experts. [default: for wasm and webgpu, where it "
-    "can run the model]",
+    help="A page that generates text in a browser and shows each byte's experts. [default: for wasm and webgpu, "
+    "where it can run the model]",
 )
 @options.reporting
 def command(

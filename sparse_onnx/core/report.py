@@ -85,8 +85,8 @@ class VerifyRecord:
 
     `passed` is None when nothing was compared. `inputs` describes each run. `tokens_left_out` counts tokens whose
     routing is a near-tie that rounding flips (`router_margin` is the smallest margin seen); they are not compared.
-    `on` is what ran the result, where that is not this onnxruntime's CPU provider; `not_run` are runs that it fails with
-    the original as well.
+    `on` is what ran the result, where that is not this onnxruntime's CPU provider; `not_run` are runs that it fails
+    with the original as well.
     """
 
     method: Literal["whole", "blocks", "none"]

@@ -136,7 +136,9 @@ def write(described: dict[str, Any], folder: Path) -> None:
         "tolerance": recorded.tolerance,
         "timing": timing,
     }
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (*RUNNERS, *PAGE))
+    paths = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name not in (*RUNNERS, *PAGE)
+    )
     text = _text(described, {str(path.relative_to(folder)): path.stat().st_size for path in paths})
     (folder / TEXT).write_text(text, encoding="utf-8")
     described["files"] = {

@@ -1,7 +1,7 @@
 """The page of a package: in a browser, by onnxruntime-web, it generates text and shows which experts each byte used.
 
-The choices are values of the graph already, so the page's graph is the packaged one with these values among its outputs:
-no node is changed or added, and the weights are the same file.
+The choices are values of the graph already, so the page's graph is the packaged one with these values among its
+outputs: no node is changed or added, and the weights are the same file.
 """
 
 from __future__ import annotations
@@ -153,12 +153,13 @@ def _compare(path: Path, recorded: Recorded, shown: list[LoweredBlock]) -> None:
     problem = recorded.differs(found[: len(recorded.names)])
     if problem:
         raise VerificationError(f"the graph of the page: {problem}")
-    names = [*recorded.names, *(name for name in (b.expert_index for b in shown) if name not in recorded.names)]
+    names = dict.fromkeys([*recorded.names, *(block.expert_index for block in shown)])
     by_name = dict(zip(names, found, strict=True))
+    tokens = next(iter(recorded.feeds.values())).size
     for block in shown:
         chosen = by_name[block.expert_index]
-        tokens = next(iter(recorded.feeds.values())).size
-        if chosen.ndim < 2 or chosen.size != tokens * chosen.shape[-1] or not _in_range(chosen, block.experts):
+        rows = chosen.ndim > 1 and chosen.size == tokens * chosen.shape[-1]
+        if not rows or not _in_range(chosen, block.experts):
             raise VerificationError(
                 f"'{block.expert_index}' is not the experts of each token", where=block.name
             )

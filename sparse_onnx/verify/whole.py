@@ -73,7 +73,7 @@ def compare_whole(
 ) -> VerifyRecord:
     """Runs both models on every case, repeated ones several times, and compares all outputs.
 
-    A case without tokens that the provider fails is left out where it fails on the reference too: `not_run` of the record.
+    A case without tokens that the provider fails is left out where it fails on the reference too: `not_run`.
     Blocks with an expert that no case reached are compared alone besides (`compare_blocks`); where that is not
     possible the comparison does not pass, and `failure` says which experts were not reached.
 
@@ -291,9 +291,7 @@ def _tokens(case: Case) -> int:
     return case.size.batch * case.size.sequence
 
 
-def _fails(
-    model: ir.Model, case: Case, provider: str, threads: int, entries: dict[str, str] | None
-) -> bool:
+def _fails(model: ir.Model, case: Case, provider: str, threads: int, entries: dict[str, str] | None) -> bool:
     """Whether the provider fails on the original as well. ONNX Runtime's TopK divides by the number of its rows before
     https://github.com/microsoft/onnxruntime/pull/32724: 1.24.1 and 1.30.0 end the process, 1.31.1 does not."""
     if provider == CPU:
