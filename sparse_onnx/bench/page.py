@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> None:
         sparse_onnx.export("zoo:byte-moe", folder / "byte.onnx")
         sparse_onnx.package(folder / "byte.onnx", folder / "page", target="wasm")
         shots = {os.path.abspath(arguments[0]): ""}
-        told = browse(folder / "page", prompt=_PROMPT, length=60, height=1180, keys=["End"], shots=shots)
+        told = browse(folder / "page", prompt=_PROMPT, length=60, height=1000, shots=shots)
     print(told["status"], told["speed"])
 
 

@@ -292,8 +292,8 @@ def _tokens(case: Case) -> int:
 
 
 def _fails(model: ir.Model, case: Case, provider: str, threads: int, entries: dict[str, str] | None) -> bool:
-    """Whether the provider fails on the original as well. ONNX Runtime's TopK divides by the number of its rows before
-    https://github.com/microsoft/onnxruntime/pull/32724: 1.24.1 and 1.30.0 end the process, 1.31.1 does not."""
+    """Whether the provider fails on the original as well, as onnxruntime 1.24 and 1.30 do at a TopK of no rows, see
+    https://github.com/microsoft/onnxruntime/pull/32724. Such a run may end the provider's process."""
     if provider == CPU:
         return False
     try:

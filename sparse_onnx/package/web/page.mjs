@@ -2,14 +2,15 @@
 const $ = (id) => document.getElementById(id);
 const [form, stop, status, text, speed, table, body, detail] =
   ['form', 'stop', 'status', 'text', 'speed', 'table', 'rows', 'detail'].map($);
+const box = $('scroll');
 const worker = new Worker(new URL('page.worker.mjs', import.meta.url), { type: 'module' });
-const decoder = () => new TextDecoder('utf-8');
 const NAMES = { 9: '⇥', 10: '⏎', 13: '␍', 32: '␣' };
 const SPOKEN = { 9: 'tab', 10: 'line end', 13: 'carriage return', 32: 'space' };
 
 let layers = [];
 let ids = [];
 let fromPrompt = 0;
+let follow = true;
 let utf8;
 
 const visible = (id) => NAMES[id] ?? (id > 32 && id < 127 ? String.fromCharCode(id) : id.toString(16).padStart(2, '0'));
@@ -101,8 +102,7 @@ const received = {
   },
   experts({ from, rows }) {
     rows.forEach((chosen, number) => fill(body.rows[from + number], chosen));
-    const box = $('scroll');
-    if (box.scrollHeight - box.scrollTop - box.clientHeight < 120) box.scrollTop = box.scrollHeight;
+    if (follow) box.scrollTop = box.scrollHeight;
   },
   done({ made, stopped }) {
     text.append(utf8.decode());
@@ -121,7 +121,7 @@ worker.onerror = (event) => { event.preventDefault(); say(`page.worker.mjs canno
 form.addEventListener('submit', (event) => {
   event.preventDefault();
   const prompt = new TextEncoder().encode($('prompt').value);
-  [ids, fromPrompt, utf8] = [[], prompt.length, decoder()];
+  [ids, fromPrompt, utf8, follow] = [[], prompt.length, new TextDecoder('utf-8'), true];
   body.replaceChildren();
   detail.textContent = 'Choose a row to read its experts here.';
   text.replaceChildren(element('b', { textContent: $('prompt').value }));
@@ -140,6 +140,7 @@ function temperatures() {
 form.addEventListener('input', temperatures);
 temperatures();
 
+box.addEventListener('scroll', () => { follow = box.scrollHeight - box.scrollTop - box.clientHeight < 60; });
 body.addEventListener('click', ({ target }) => target.closest('tr')?.focus());
 body.addEventListener('mouseover', ({ target }) => describe(target.closest('tr')));
 body.addEventListener('focusin', ({ target }) => {
