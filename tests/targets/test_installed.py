@@ -96,7 +96,6 @@ def test_without_tokens_it_is_the_runtime_that_fails(name: str, tmp_path: Path) 
     report = sparse_onnx.optimize(source, tmp_path / "out.onnx", target=name)
     assert report.verify is not None and report.verify.passed
     assert [each.partition(":")[0] for each in report.verify.not_run] == ["0 tokens"]
-    assert any("it fails there on the original as well" in note for note in report.notes)
 
 
 def test_webgpu_leaves_a_reshape_of_int64_to_the_cpu(tmp_path: Path) -> None:
