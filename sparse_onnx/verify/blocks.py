@@ -182,7 +182,7 @@ class _Comparison:
         self.runs = 0
         self.described: list[str] = []
 
-    def run(self, memory: int, large: bool, once: bool) -> Difference:
+    def run(self, memory: int, large: bool, once: bool = False) -> Difference:
         """Every expert, as many at a time as `memory` allows; at a realistic size too where `large`, not repeated where
         `once`."""
         experts = self.facts.experts
