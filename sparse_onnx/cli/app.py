@@ -104,5 +104,5 @@ def main() -> None:
     sparse-onnx bench model.onnx model.cpu.onnx
 
     Exit codes: 0 ok; 1 failed outside our control; 2 usage; 3 model unreadable or unsafe; 4 verification
-    failed, nothing written; 5 not possible.
+    or budget failed, nothing written; 5 not possible.
     """

@@ -162,6 +162,8 @@ def _verify(out: Console, record: VerifyRecord, verbose: bool) -> None:
     line(out, f"{verdict} ({record.method}), {record.runs} runs{error}{margin}")
     if record.failure:
         line(out, f"  {record.failure}")
+    for text in record.not_run:
+        line(out, f"  not compared, since the original fails there as well: {text}")
     if verbose:
         line(out, f"  inputs: {'; '.join(record.inputs)}")
 

@@ -85,7 +85,8 @@ class VerifyRecord:
 
     `passed` is None when nothing was compared. `inputs` describes each run. `tokens_left_out` counts tokens whose
     routing is a near-tie that rounding flips (`router_margin` is the smallest margin seen); they are not compared.
-    `on` is what ran the result, where that is not this onnxruntime's CPU provider.
+    `on` is what ran the result, where that is not this onnxruntime's CPU provider; `not_run` are runs that it fails
+    with the original as well.
     """
 
     method: Literal["whole", "blocks", "none"]
@@ -98,6 +99,7 @@ class VerifyRecord:
     tokens_left_out: int = 0
     failure: str | None = None
     on: str | None = None
+    not_run: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

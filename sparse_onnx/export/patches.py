@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_onnx.export import compressors, recurrences, reference_window, sparse_attention
+from sparse_onnx.export import compressors, recurrences, reference_window, rotary, sparse_attention
 
 
 @contextlib.contextmanager
@@ -27,7 +27,10 @@ def replaced(model: nn.Module) -> Iterator[list[str]]:
         stack.enter_context(_scattered_rows())
         for kind in taken:
             stack.enter_context(_bound(kind, FORWARDS[kind.__name__]))
-        yield sorted(kind.__name__ for kind in taken)
+        dynamic = {type(module) for module in model.modules() if rotary.is_dynamic(module)}
+        for kind in dynamic.difference(taken):
+            stack.enter_context(_bound(kind, rotary.dynamic))
+        yield sorted(kind.__name__ for kind in {*taken, *dynamic})
 
 
 @contextlib.contextmanager
@@ -116,22 +119,6 @@ def _bound(kind: type[nn.Module], forward: Callable[..., Any]) -> Iterator[None]
         kind.forward = original  # type: ignore[method-assign]
 
 
-def _longrope(self: Any, original: Callable[..., Any], x: Tensor, position_ids: Tensor) -> Any:
-    """PhiMoE's rotary embedding, whose scale depends on the largest position: by a choice instead of Python's `if`."""
-    parameters = self.config.rope_parameters
-    if parameters["rope_type"] == "default":
-        return original(self, x, position_ids)
-    inv_freq, _ = self.rope_init_fn(self.config)
-    scale = torch.where(
-        position_ids.max() + 1 > parameters["original_max_position_embeddings"],
-        torch.tensor(float(parameters["long_mscale"])),
-        torch.tensor(float(parameters["short_mscale"])),
-    )
-    angles = position_ids[..., None].float() * inv_freq.float()
-    angles = torch.cat((angles, angles), dim=-1)
-    return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
-
-
 def _experts_by_modality(
     self: Any,
     original: Callable[..., Any],
@@ -154,7 +141,7 @@ def _experts_by_modality(
 
 #: Class -> what stands in for its forward; called with the original one.
 FORWARDS: dict[str, Callable[..., Any]] = {
-    "PhimoeRotaryEmbedding": _longrope,
+    "PhimoeRotaryEmbedding": rotary.longrope,
     "Ernie4_5_VLMoeMoeBlock": _experts_by_modality,
     "JambaMambaMixer": recurrences.selective_scan,
     "MiniMaxLightningAttention": recurrences.lightning_attention,

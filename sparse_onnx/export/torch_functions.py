@@ -1,7 +1,7 @@
 """Functions of torch that its export or its ONNX exporter cannot follow, by others that both can.
 
-Replaced while a model is traced, as `torch.NAME` and as `Tensor.NAME`. Each gives what the original gives; the exported
-file is compared with the original in any case.
+Replaced while a model is traced, as `torch.NAME`, `Tensor.NAME` and `torch.nn.functional.NAME`. Each gives what the
+original gives; the exported file is compared with the original in any case.
 """
 
 from __future__ import annotations
@@ -116,6 +116,20 @@ def _cdist(original: Function, x1: Tensor, x2: Tensor, p: float = 2.0, **kwargs:
     return (x1.unsqueeze(-2) - x2.unsqueeze(-3)).square().sum(-1).sqrt()
 
 
+def _attention(
+    original: Function, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """torch.onnx translates that of four axes only."""
+    given = (query, key, value)
+    mask = args[0] if args else kwargs.get("attn_mask")
+    if any(each.dim() != 3 for each in given) or (mask is not None and mask.dim() > 3):
+        return original(*given, *args, **kwargs)
+    if mask is not None and mask.dim() == 3:
+        mask = mask.unsqueeze(1)
+        args, kwargs = ((mask, *args[1:]), kwargs) if args else (args, kwargs | {"attn_mask": mask})
+    return original(*(each.unsqueeze(1) for each in given), *args, **kwargs).squeeze(1)
+
+
 _FUNCTIONS: dict[str, Function] = {
     "take_along_dim": _take_along_dim,
     "masked_select": _masked_select,
@@ -126,6 +140,7 @@ _FUNCTIONS: dict[str, Function] = {
     "isin": _isin,
     "searchsorted": _searchsorted,
     "cdist": _cdist,
+    "scaled_dot_product_attention": _attention,
 }
 
 
@@ -134,7 +149,7 @@ def replaced() -> Iterator[None]:
     """Within the block torch's functions are those of the table."""
     with contextlib.ExitStack() as stack:
         for name, function in _FUNCTIONS.items():
-            for owner in (torch, Tensor):
+            for owner in (torch, Tensor, torch.nn.functional):
                 if hasattr(owner, name):
                     other = _bound(function, getattr(owner, name))
                     stack.enter_context(mock.patch.object(owner, name, other))

@@ -23,6 +23,8 @@ from sparse_onnx.export import (
     patches,
     program_fixes,
     python_numbers,
+    randomness,
+    recurrent_layers,
     scans,
     torch_functions,
     translate,
@@ -92,8 +94,9 @@ def trace(source: Source, found: list[experts.Experts], opset: int, *, lift: boo
 def _trace_module(
     source: Source, inputs: dict[str, Tensor], shapes: dict[str, Any], opset: int, *, rewritten: bool = False
 ) -> Traced:
-    with torch.no_grad(), torch_functions.replaced():
+    with torch.no_grad(), torch_functions.replaced(), recurrent_layers.replaced():
         program = torch.export.export(source.module, (), inputs, dynamic_shapes=shapes, strict=False)
+    randomness.refuse(program.graph_module)
     runnable, assumptions = _runnable(program, source.interface), guards.guards_of(program, source.interface)
     symbols = _symbols(program, source.interface)
     names = _output_names(source.forward(inputs), inputs)
@@ -106,7 +109,7 @@ def _trace_module(
             opset=opset,
             input_names=list(inputs),
             output_names=names,
-            table={**python_numbers.TABLE, **operators.TABLE},
+            table={**python_numbers.TABLE, **operators.TABLE, **recurrent_layers.TABLE},
         )
     python_numbers.retype(model)
     return Traced(model, runnable, assumptions, symbols)
@@ -132,6 +135,7 @@ def _trace_transformers(
     ):
         config = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
         program, _ = DynamoExporter().export_program(wanted, dict(inputs), config)
+        randomness.refuse(program.graph_module)
         runnable, assumptions = (
             _runnable(program, source.interface),
             guards.guards_of(program, source.interface),

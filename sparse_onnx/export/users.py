@@ -100,12 +100,13 @@ def place_of(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f" at {error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    outside = [frame for frame in frames if not _is_library(frame.filename)]
+    outside = [frame for frame in frames if not is_library(frame.filename)]
     if not outside:
         return ""
     return f" at {outside[-1].filename}:{outside[-1].lineno}"
 
 
-def _is_library(filename: str) -> bool:
+def is_library(filename: str) -> bool:
+    """Python's own, a package's, or ours: no code of the user's."""
     here = str(Path(__file__).parent)
     return filename.startswith((here, "<", sys.base_prefix)) or "site-packages" in filename

@@ -18,6 +18,7 @@ from sparse_onnx.graph import io, stats
 from sparse_onnx.inspect.blocks import block_records
 from sparse_onnx.optimize.static import open_axes
 from sparse_onnx.package import contents, manifest, smoke, variants
+from sparse_onnx.package import page as pages
 from sparse_onnx.targets.profile import TargetProfile
 
 
@@ -28,6 +29,7 @@ def package(
     target: str = "cpu",
     forms: Sequence[str] = (),
     all_forms: bool = False,
+    page: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Writes a folder with the model, what it needs beside it, and runners that check it on another machine.
@@ -40,15 +42,17 @@ def package(
         target: a target's name.
         forms: variants of the model to ship with it, one an execution form, for the runner to choose among.
         all_forms: a variant in each form that the target takes and the model can have.
+        page: write a page that generates text in a browser (targets wasm and webgpu); None: where it can run the model.
         progress: called with a line at each step.
 
     Raises:
-        UsageError: unknown target or form, or a folder that is not empty.
+        UsageError: unknown target or form, a page for a target that no browser has, or a folder that is not empty.
         ModelError: the model is unreadable, unsafe or broken.
         VerificationError: a variant differs from the model, or the target gives other outputs; nothing was written.
         ImpossibleError: the model cannot be run here to learn what it gives, or the target cannot run it.
     """
     profile = targets.get(target)
+    with_page = pages.wanted(page, profile)
     folder = _free(out)
     say = progress or (lambda line: None)
     model = io.load(source)
@@ -75,11 +79,17 @@ def package(
             on=recorded.on,
         )
         report.notes += recorded.notes
+        entry = None
+        if with_page:
+            say("making the page")
+            entry, notes = pages.build(main, recorded, Path(source), page, profile)
+            report.notes += notes
         if profile.format == "ort":
             say("converting to .ort")
             made = variants.to_ort(made, staged, recorded, report.notes)
             report.output = dataclasses.replace(report.output, path=str(folder / made[0].model.name))
         described = manifest.describe(graph, made, profile, recorded, kernels)
+        described["page"] = entry
         contents.copy_runners(staged)
         manifest.write(described, staged)
         _put(staged, folder)

@@ -18,6 +18,7 @@ from sparse_onnx.graph import io, stats
 from sparse_onnx.inspect.blocks import block_records
 from sparse_onnx.optimize.resident import note, residency
 from sparse_onnx.package.contents import RUNNERS, Kernels, digest
+from sparse_onnx.package.page import FILES as PAGE
 from sparse_onnx.package.smoke import Recorded
 from sparse_onnx.package.variants import Variant
 from sparse_onnx.passes.fuse_moe_op import REQUIRES_KEY
@@ -135,7 +136,9 @@ def write(described: dict[str, Any], folder: Path) -> None:
         "tolerance": recorded.tolerance,
         "timing": timing,
     }
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in RUNNERS)
+    paths = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name not in (*RUNNERS, *PAGE)
+    )
     text = _text(described, {str(path.relative_to(folder)): path.stat().st_size for path in paths})
     (folder / TEXT).write_text(text, encoding="utf-8")
     described["files"] = {

@@ -66,8 +66,14 @@ def build(
         made.append((form, path))
     if neutral_blocks(io.load(main)):
         say(f"lowering for {profile.name}")
-        optimize(main, main, target=profile.name)
+        record = optimize(main, main, target=profile.name).verify
         notes.append(f"the model was lowered for {profile.name} as `sparse-onnx optimize` does")
+        if record is not None:
+            parts = (each.partition(": ") for each in record.not_run)
+            notes += [
+                f"not to be run with {size}: {record.on} fails with the original as well: {why}"
+                for size, _, why in parts
+            ]
     same = [(form, path) for form, path in made if path.read_bytes() == main.read_bytes()]
     for _, path in same:
         path.unlink()

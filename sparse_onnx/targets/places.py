@@ -58,6 +58,11 @@ def is_elsewhere(provider: str) -> bool:
     return provider.startswith(_RUNTIME) or provider == _FORMAT
 
 
+def simulated(provider: str) -> bool:
+    """Whether the device is simulated in software there."""
+    return provider.startswith(_RUNTIME) and runtimes.get(provider.removeprefix(_RUNTIME)).simulates
+
+
 def start(
     where: str,
     model: str | os.PathLike[str] | ir.Model,

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,17 +41,21 @@ class Runtime:
         packages: of PyPI, with versions.
         npm: packages of npm, with versions.
         debian: files by Debian package; nothing else of those packages is kept.
-        providers: what sessions are created with, as the runtime calls them.
+        finish: JavaScript that Node runs in the folder at the end.
+        providers: what sessions are created with, as the runtime calls them; none where it runs no model by itself.
+        simulates: whether the device is simulated in software; its runs say nothing of time, or of races on the device.
         plugin: module of a provider that is registered when a session is created.
         environment: variables of the process; `{folder}` is the runtime's.
     """
 
     name: str
     summary: str
-    providers: tuple[str, ...]
+    providers: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     npm: tuple[str, ...] = ()
     debian: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    finish: str = ""
+    simulates: bool = False
     plugin: str = ""
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -68,7 +73,7 @@ class Runtime:
 
     @property
     def versions(self) -> str:
-        return ", ".join([*self.packages, *self.npm]).replace("==", " ").replace("@", " ")
+        return ", ".join(re.sub(r"==|(?<=.)@", " ", package) for package in [*self.packages, *self.npm])
 
     @property
     def command(self) -> list[str]:
@@ -139,6 +144,8 @@ def install(name: str, say: Callable[[str], None] = print) -> Path:
     for package, files in runtime.debian.items():
         say(f"{name}: {len(files)} files of Debian's {package}")
         _unpack(package, files, folder / "files")
+    if runtime.finish:
+        _run(["node", "--input-type=module", "--eval", runtime.finish], folder)
     (folder / _DONE).write_text(json.dumps(runtime._contents()))
     return folder
 

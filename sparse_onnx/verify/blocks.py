@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from sparse_onnx.blocks import MoEBlock
 from sparse_onnx.core.report import VerifyRecord
+from sparse_onnx.targets.places import simulated
 from sparse_onnx.verify.compare import ROUNDED, Difference, difference
 from sparse_onnx.verify.constants import Constants
 from sparse_onnx.verify.feeds import Facts, routings
@@ -95,7 +96,7 @@ def compare_blocks(
         kind = (left.facts, left.kind)
         found = Difference.none()
         for compare in _comparisons(left, right, tolerance):
-            found = found.worse(compare.run(memory, large=kind not in kinds))
+            found = found.worse(compare.run(memory, kind not in kinds, simulated(provider)))
             runs += compare.runs
             described = described or compare.described
         if right.start_deployed is not None:
@@ -181,17 +182,18 @@ class _Comparison:
         self.runs = 0
         self.described: list[str] = []
 
-    def run(self, memory: int, large: bool) -> Difference:
-        """Every expert, as many at a time as `memory` allows; at a realistic size too where `large`."""
+    def run(self, memory: int, large: bool, once: bool = False) -> Difference:
+        """Every expert, as many at a time as `memory` allows; at a realistic size too where `large`, not repeated where
+        `once`."""
         experts = self.facts.experts
         group = experts if self.at_once else int(max(1, min(experts, memory * experts // self.size)))
         total = Difference.none()
         for start in range(0, experts, group):
             chosen = np.arange(start, min(start + group, experts))
-            total = total.worse(self._group(chosen, large and start == 0))
+            total = total.worse(self._group(chosen, large and start == 0, once))
         return total
 
-    def _group(self, chosen: np.ndarray, large: bool) -> Difference:
+    def _group(self, chosen: np.ndarray, large: bool, once: bool) -> Difference:
         # Both die with this call, which unmaps this group's weights before the next one's are touched.
         expect, act = self.expected(), self.actual()
         total = Difference.none()
@@ -201,7 +203,8 @@ class _Comparison:
             if self.at_once and feeds.name not in _DEPLOYED:
                 continue
             expected = expect(feeds)
-            for _ in range(feeds.repeats):
+            repeats = 1 if once else feeds.repeats
+            for _ in range(repeats):
                 actual = act(feeds)
                 if actual.dtype != expected.dtype:
                     found = Difference(np.inf, np.inf, False, f"{actual.dtype} instead of {expected.dtype}")
@@ -213,7 +216,5 @@ class _Comparison:
                 total = total.worse(found)
                 self.runs += 1
             if chosen[0] == 0:
-                self.described.append(
-                    feeds.name if feeds.repeats == 1 else f"{feeds.name} x{feeds.repeats} runs"
-                )
+                self.described.append(feeds.name if repeats == 1 else f"{feeds.name} x{repeats} runs")
         return total

@@ -121,6 +121,10 @@ def test_passes_are_shown_when_verbose() -> None:
         (VerifyRecord("blocks", False, 1, 1.0, 0.5, failure="2x7: off by 0.5"), "NOT the same answers"),
         (VerifyRecord("none", None), "not verified"),
         (VerifyRecord("whole", True, 1, tokens_left_out=3), "3 tokens of near-tied routing left out"),
+        (
+            VerifyRecord("whole", True, 1, not_run=["0 tokens: died"]),
+            "the original fails there as well: 0 tokens: died",
+        ),
     ],
 )
 def test_the_verdict(record: VerifyRecord, words: str) -> None:

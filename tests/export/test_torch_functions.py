@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse_onnx
 from sparse_onnx.export import torch_functions
 
-F = Callable[[Tensor], Any]
-CASES: dict[str, F] = {
+Function = Callable[[Tensor], Any]
+CASES: dict[str, Function] = {
     "take_along_dim": lambda x: torch.take_along_dim(x, x.argsort(-1), -1),
     "take_along_dim broadcast": lambda x: x.take_along_dim(x[:1, :1].argsort(-1), dim=-1),
     "take_along_dim flat": lambda x: torch.take_along_dim(x, (x > 0).long().flatten()),
@@ -34,6 +35,14 @@ CASES: dict[str, F] = {
     "isin inverted": lambda x: torch.isin((x * 3).long(), torch.tensor([[1], [0]]), invert=True),
     "searchsorted": lambda x: torch.searchsorted(torch.tensor([-1.0, 0.0, 0.5]), x.contiguous()),
     "searchsorted right": lambda x: torch.searchsorted(torch.tensor([-1.0, 0.0]), x.round(), right=True),
+    "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(x, x, x + 1),
+    "scaled_dot_product_attention causal": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+    "scaled_dot_product_attention masked": lambda x: F.scaled_dot_product_attention(
+        x, x, x, (x[:, :, :1] > 0) == (x[:, :, 0] > 0)[:, None]
+    ),
+    "scaled_dot_product_attention added": lambda x: F.scaled_dot_product_attention(
+        x, x, x, attn_mask=x[0, :, :1] * x[0, :, 0]
+    ),
     "cdist": lambda x: torch.cdist(x, x[:, :1] + 5),
 }
 
@@ -41,17 +50,19 @@ CASES: dict[str, F] = {
 @pytest.mark.parametrize("name", CASES)
 def test_same(name: str) -> None:
     x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
-    expected, before = CASES[name](x), getattr(torch, name.split()[0])
+    function = name.split()[0]
+    owner = torch if hasattr(torch, function) else F
+    expected, before = CASES[name](x), getattr(owner, function)
     with torch_functions.replaced():
         actual = CASES[name](x)
-        assert getattr(torch, name.split()[0]) is not before
-    assert getattr(torch, name.split()[0]) is before
+        assert getattr(owner, function) is not before
+    assert getattr(owner, function) is before
     assert type(actual) is type(expected) or isinstance(actual, tuple)
     torch.testing.assert_close(actual, expected)
 
 
 class Module(nn.Module):
-    def __init__(self, *functions: F) -> None:
+    def __init__(self, *functions: Function) -> None:
         super().__init__()
         self.functions = functions
         self.scale = nn.Parameter(torch.ones(1))
@@ -79,7 +90,9 @@ def test_scalar_output(tmp_path: Path) -> None:
 
 def test_a_share_of_a_size_times_a_tensor(tmp_path: Path) -> None:
     """Python computes 1 / size in double precision, and the product is of the tensor's type: Sinkhorn's steps."""
-    module = Module(lambda x: (1 / x.size(1)) * 1 / (x.square().sum(1) + 9), lambda x: x > 1 / x.size(0)).eval()
+    module = Module(
+        lambda x: (1 / x.size(1)) * 1 / (x.square().sum(1) + 9), lambda x: x > 1 / x.size(0)
+    ).eval()
     x = torch.randn(2, 7, 8)
     report = sparse_onnx.export((module, {"x": x}, {"x": {0: "batch", 1: "sequence"}}), tmp_path / "m.onnx")
     assert report.verify is not None and report.verify.passed

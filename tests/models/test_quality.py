@@ -13,7 +13,7 @@ def constant(value):
 
 @pytest.mark.parametrize("value", [0.0, 3.7, -1e4])
 def test_a_uniform_model_needs_exactly_eight_bits(value):
-    assert bits_per_byte(constant(value), held_out_text()) == 8.0
+    assert bits_per_byte(constant(value), held_out_text()[:3000]) == 8.0
 
 
 def test_a_model_that_knows_needs_none():

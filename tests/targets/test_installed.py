@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from builders import Shape, layered_model, save_external
 
 import sparse_onnx
 from sparse_onnx import targets
@@ -85,6 +86,16 @@ def test_the_oldest_runtime_runs_the_same_file(language_model: Path, tmp_path: P
         0
     ]
     np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["node", "wasm", "webgpu"])
+def test_without_tokens_it_is_the_runtime_that_fails(name: str, tmp_path: Path) -> None:
+    """TopK (webgpu: Softmax) of no rows. When this fails it is mended, and the note in docs/targets.md can go."""
+    there(name)
+    source = save_external(layered_model(Shape(experts=6, hidden=32, inner=48)), tmp_path / "in.onnx")
+    report = sparse_onnx.optimize(source, tmp_path / "out.onnx", target=name)
+    assert report.verify is not None and report.verify.passed
+    assert [each.partition(":")[0] for each in report.verify.not_run] == ["0 tokens"]
 
 
 def test_webgpu_leaves_a_reshape_of_int64_to_the_cpu(tmp_path: Path) -> None:

@@ -59,3 +59,18 @@ def test_what_fails_is_told() -> None:
 def test_importing_installs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("ran a program"))
     assert not runtimes.get("openvino").installed and places.place(targets.get("openvino")) is None
+
+
+def test_what_is_simulated_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {name for name in runtimes.known() if places.simulated(f"runtime:{name}")} == {"webgpu", "qnn-htp"}
+    assert not places.simulated(places.CPU) and not places.simulated("WebGpuExecutionProvider")
+
+
+def test_the_browser_is_unpacked_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(runtimes, "_run", lambda command, folder=None: calls.append(list(command)))
+    runtime = runtimes.get("chromium")
+    runtimes.install("chromium", lambda line: None)
+    assert [call[0] for call in calls] == ["npm", "node"] and runtime.finish in calls[-1]
+    assert runtime.versions == "puppeteer-core 24.43.1, @sparticuz/chromium 153.0.0"
+    assert runtime.variables()["LD_LIBRARY_PATH"].startswith(str(runtime.folder))

@@ -10,6 +10,7 @@ from verify.variants import change, clone, in_a_branch, lowered
 
 from sparse_onnx.blocks.lowered import BLOCKS_KEY
 from sparse_onnx.core.report import VerifyRecord
+from sparse_onnx.verify import blocks
 from sparse_onnx.verify.blocks import compare_blocks
 from sparse_onnx.verify.metadata import discard_unsound, sound_blocks
 
@@ -36,6 +37,15 @@ def test_every_pair_of_forms(first: str, second: str) -> None:
     assert record.passed and record.inputs, record.failure
     wrong = change(model, "layers.1.fc1", middle)
     assert compared(forms[first](model), forms[second](wrong)).passed is False
+
+
+def test_a_simulated_device_has_no_races(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = layered_model(SHAPE, layers=1)
+    record = compared(model, lowered(model))
+    monkeypatch.setattr(blocks, "simulated", lambda provider: True)
+    once = compared(model, lowered(model))
+    assert "256 tokens x3 runs" in record.inputs and "256 tokens" in once.inputs
+    assert once.passed and once.runs == record.runs - 2
 
 
 def test_a_block_in_a_branch() -> None:

@@ -8,8 +8,9 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
+from sparse_onnx.core.errors import OutsideError
 from sparse_onnx.verify import whole
-from sparse_onnx.verify.inputs import cases
+from sparse_onnx.verify.inputs import Case, Size, cases
 from sparse_onnx.verify.whole import compare_whole
 
 OPSETS = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
@@ -75,3 +76,41 @@ def test_only_what_survives_is_run(place: str, first: bool, monkeypatch: pytest.
     record = compare_whole(*(pair if first else pair[::-1]), drawn, threads=1)
     assert record.passed
     assert (0 in lengths) == (place == "none")
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+def test_a_provider_that_fails_without_tokens(theirs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no fault of the result where the original fails there too."""
+    create, run, elsewhere = whole.sessions.create_session, whole.sessions.run, {}
+
+    def created(model: ir.Model, *, provider: str = "", **settings: object) -> object:
+        session = create(model, **settings)
+        if provider == "Rocket":
+            elsewhere[id(session)] = (session, model is candidate)
+        return session
+
+    def ran(session: object, feeds: dict[str, np.ndarray], name: str = "") -> list[np.ndarray]:
+        _, is_candidate = elsewhere.get(id(session), (None, None))
+        if not feeds["x"].size and (is_candidate or (theirs and is_candidate is not None)):
+            raise OutsideError("divided by zero")
+        return run(session, feeds, name)
+
+    reference, candidate = model("none"), model("none")
+    monkeypatch.setattr(whole.sessions, "create_session", created)
+    monkeypatch.setattr(whole.sessions, "run", ran)
+    drawn = cases(reference, large=False)
+    record = compare_whole(reference, candidate, drawn[::-1], threads=1, provider="Rocket")
+    assert record.passed is theirs
+    if theirs:
+        assert record.not_run == ["0 tokens: divided by zero"] and record.runs == len(drawn) - 1
+        assert "0 tokens" not in record.inputs
+    else:
+        assert record.failure == "input 0 tokens: divided by zero" and not record.not_run
+
+
+def test_a_simulated_device_has_no_races(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = [Case("two", Size(1, 2), {"x": np.ones((2, 4), np.float32)}, repeats=3)]
+    assert compare_whole(model("none"), model("none"), drawn, threads=1).runs == 3
+    monkeypatch.setattr(whole, "simulated", lambda provider: True)
+    record = compare_whole(model("none"), model("none"), drawn, threads=1)
+    assert record.runs == 1 and record.inputs == ["two"]
