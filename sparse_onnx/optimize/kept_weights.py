@@ -7,10 +7,8 @@ import onnx_ir as ir
 
 from sparse_onnx.core.errors import VerificationError
 from sparse_onnx.graph.external import read_array
-from sparse_onnx.matching.layers import Layer, layer
-from sparse_onnx.matching.linear import stored_bias
-from sparse_onnx.matching.values import pairs, tensor
 from sparse_onnx.optimize.watched import numbers_of, values_of
+from sparse_onnx.sparsify.prefill import original
 from sparse_onnx.sparsify.record import acting
 
 _TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -32,19 +30,17 @@ def compare_weights(before: ir.Model, after: ir.Model) -> int:
     old, new = _all_values(before), values_of(after)
     compared = 0
     for item in acting(after):
-        found = None if item.inner else _layer_of(old.get(item.layer))
+        found = None if item.inner else original(old, item.layer)
         if found is None:
             continue
-        original, bias = found
+        kept, bias = found
         weight, folded, centre = numbers_of(item, new)
-        expected = original.weight.numbers().astype(np.float64)
+        expected = kept.weight.numbers().astype(np.float64)
         base = (
-            np.zeros(original.weight.outputs)
-            if bias is None
-            else read_array(bias).astype(np.float64).reshape(-1)
+            np.zeros(kept.weight.outputs) if bias is None else read_array(bias).astype(np.float64).reshape(-1)
         )
-        spread = np.broadcast_to(centre.astype(np.float64).reshape(-1), (original.weight.inputs,))
-        name = "float32" if original.input.dtype is None else original.input.dtype.numpy().name
+        spread = np.broadcast_to(centre.astype(np.float64).reshape(-1), (kept.weight.inputs,))
+        name = "float32" if kept.input.dtype is None else kept.input.dtype.numpy().name
         tolerance = _TOLERANCE.get(name, 1e-6)
         sums = np.abs(base) + np.abs(spread) @ np.abs(expected)
         gap = np.abs(folded.astype(np.float64) - (base + spread @ expected))
@@ -65,19 +61,3 @@ def _differs(name: str, what: str) -> VerificationError:
 
 def _all_values(model: ir.Model) -> dict[str, ir.Value]:
     return {value.name or "": value for node in model.graph for value in node.outputs}
-
-
-def _layer_of(value: ir.Value | None) -> tuple[Layer, ir.TensorProtocol | None] | None:
-    """The layer that computes a value, an Add behind it counted in, and its bias."""
-    node = None if value is None else value.producer()
-    if node is None:
-        return None
-    found = layer(node)
-    if found is not None:
-        return found, None if found.bias is None else tensor(found.bias)
-    for product, constant in pairs(node) if node.op_type == "Add" and node.domain == "" else ():
-        inner = product.producer()
-        own = None if inner is None or stored_bias(constant) is None else layer(inner)
-        if own is not None and own.bias is None:
-            return own, tensor(constant)
-    return None
