@@ -8,7 +8,7 @@ import onnx_ir as ir
 from sparse_onnx.core.errors import VerificationError
 from sparse_onnx.graph.external import read_array
 from sparse_onnx.optimize.watched import numbers_of, values_of
-from sparse_onnx.sparsify.prefill import original
+from sparse_onnx.sparsify.prefill import layer_of
 from sparse_onnx.sparsify.record import acting
 
 _TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -30,17 +30,19 @@ def compare_weights(before: ir.Model, after: ir.Model) -> int:
     old, new = _all_values(before), values_of(after)
     compared = 0
     for item in acting(after):
-        found = None if item.inner else original(old, item.layer)
+        found = None if item.inner else layer_of(old, item.layer)
         if found is None:
             continue
-        kept, bias = found
+        original, bias = found
         weight, folded, centre = numbers_of(item, new)
-        expected = kept.weight.numbers().astype(np.float64)
+        expected = original.weight.numbers().astype(np.float64)
         base = (
-            np.zeros(kept.weight.outputs) if bias is None else read_array(bias).astype(np.float64).reshape(-1)
+            np.zeros(original.weight.outputs)
+            if bias is None
+            else read_array(bias).astype(np.float64).reshape(-1)
         )
-        spread = np.broadcast_to(centre.astype(np.float64).reshape(-1), (kept.weight.inputs,))
-        name = "float32" if kept.input.dtype is None else kept.input.dtype.numpy().name
+        spread = np.broadcast_to(centre.astype(np.float64).reshape(-1), (original.weight.inputs,))
+        name = "float32" if original.input.dtype is None else original.input.dtype.numpy().name
         tolerance = _TOLERANCE.get(name, 1e-6)
         sums = np.abs(base) + np.abs(spread) @ np.abs(expected)
         gap = np.abs(folded.astype(np.float64) - (base + spread @ expected))

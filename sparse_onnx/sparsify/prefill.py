@@ -47,7 +47,7 @@ class Copied:
     others: int
 
 
-def original(before: dict[str, ir.Value], output: str) -> tuple[Layer, ir.TensorProtocol | None] | None:
+def layer_of(before: dict[str, ir.Value], output: str) -> tuple[Layer, ir.TensorProtocol | None] | None:
     """The layer that computes a value in the model without thresholds, an Add behind it counted in, and its bias.
 
     Args:
@@ -85,7 +85,7 @@ def copy_dense(model: ir.Model, before: ir.Model) -> Copied:
     names, apart = Namespace(model), {}
     layers = nbytes = others = 0
     for item in acting(model):
-        found = None if item.inner else original(old, item.layer)
+        found = None if item.inner else layer_of(old, item.layer)
         node = values[item.layer].producer() if item.layer in values and not item.inner else None
         x = None if found is None else values.get(found[0].input.name or "")
         if (
