@@ -13,6 +13,9 @@ what it was. Layers that read the same value share centre and threshold.
     gather    standard operators that gather the rows that are kept: faster than a dense product above 70 % only
     simulate  the inputs are put to the centre and the layers stay as they are: for accuracy studies, never faster
 
+Of a gated feed-forward layer the gate alone may decide (CATS): sparse_onnx::ThresholdedGatedMLP, which reads neither
+up's nor down's weights of the units whose activation is small.
+
 Weights that lie `[N, K]` are turned when the model is written; integers stay integers, of MatMulNBits and
 DequantizeLinear both. A vector that is added behind the layer becomes part of it. Experts of mixture-of-experts blocks
 are marked here, and skip inputs in the forms `grouped` and `branched`. Enters If, Loop and Scan bodies.
@@ -42,6 +45,7 @@ from sparse_onnx.passes.convert_opset import ConvertOpset
 from sparse_onnx.sparsify.dial import emit_dial
 from sparse_onnx.sparsify.emit import Threshold
 from sparse_onnx.sparsify.experts import block_obstacle
+from sparse_onnx.sparsify.gated_sites import gated_sites, write_gated
 from sparse_onnx.sparsify.layers import Writer, obstacle, oldest_opset
 from sparse_onnx.sparsify.plan import Plan, SitePlan
 from sparse_onnx.sparsify.record import Thresholds, forget, record_thresholds, thresholds_of
@@ -65,6 +69,8 @@ class InsertThresholds(Pass):
         if thresholds_of(model) is not None:
             reason, hint = "the model has thresholds already", "give the model that was calibrated"
             return Outcome(model, False, refusals=(Refusal(reason, "", hint, self.name),))
+        if self.plan.gated:
+            return self._gated(model)
         every = sites(model)
         refusals = [dataclasses.replace(refusal, by=self.name) for refusal in every.refusals]
         chosen: list[tuple[Site, SitePlan, list[Layer]]] = []
@@ -100,6 +106,30 @@ class InsertThresholds(Pass):
         rewritten = len(chosen)
         return Outcome(model, True, len(every.found), rewritten, tuple(refusals))
 
+    def _gated(self, model: ir.Model) -> Outcome:
+        found = gated_sites(model)
+        chosen, refusals = [], [dataclasses.replace(refusal, by=self.name) for refusal in found.refusals]
+        for site in found.found:
+            plan = self.plan.sites.get(site.name)
+            if plan is None or plan.sparsity[self.plan.level] < self.plan.least:
+                refusals.append(self._not_worth(site.name, site.node.name or "", plan))
+            elif (problem := site.obstacle(self.plan.mode)) is not None:
+                reason = f"site '{site.name}': {problem[0]}"
+                refusals.append(Refusal(reason, site.node.name or "", problem[1], self.name))
+            else:
+                chosen.append((site, plan))
+        oldest = max((site.opset(self.plan.mode) for site, _ in chosen), default=18)
+        if model.opset_imports.get("", 0) < oldest:
+            outcome = ConvertOpset(oldest=oldest)(model)
+            assert isinstance(outcome, Outcome)
+            if not outcome.modified:
+                return Outcome(model, False, len(found.found), 0, (*refusals, *outcome.refusals))
+            return dataclasses.replace(self._gated(model), modified=True)
+        if chosen:
+            left = set(self.plan.sites) - {site.name for site, _ in chosen}
+            write_gated(model, chosen, self.plan, [name for name in self.plan.sites if name in left])
+        return Outcome(model, bool(chosen), len(found.found), len(chosen), tuple(refusals))
+
     def _apart(self, site: Site, plan: SitePlan) -> tuple[list[Layer], list[Refusal]]:
         """The layers of a site that can skip inputs, and why others cannot."""
         kept, refusals = [], []
@@ -120,12 +150,14 @@ class InsertThresholds(Pass):
         return kept, refusals
 
     def _left(self, site: Site, plan: SitePlan | None) -> list[Refusal]:
-        node = site.layers[0].node.name or "" if site.layers else ""
+        return [self._not_worth(site.name, site.layers[0].node.name or "" if site.layers else "", plan)]
+
+    def _not_worth(self, name: str, node: str, plan: SitePlan | None) -> Refusal:
         if plan is None:
-            return [Refusal(f"site '{site.name}': the calibration does not know it", node, "", self.name)]
+            return Refusal(f"site '{name}': the calibration does not know it", node, "", self.name)
         share = plan.sparsity[self.plan.level]
-        reason = f"site '{site.name}': {share:.0%} of its inputs would be skipped, which does not pay"
-        return [Refusal(reason, node, f"from {self.plan.least:.0%} on it does", self.name)]
+        reason = f"site '{name}': {share:.0%} of its inputs would be skipped, which does not pay"
+        return Refusal(reason, node, f"from {self.plan.least:.0%} on it does", self.name)
 
     def _write(
         self, model: ir.Model, chosen: Sequence[tuple[Site, SitePlan, list[Layer]]], left: Sequence[str]

@@ -12,6 +12,9 @@ float32 copies; int8 MatMulNBits (accuracy level 4, blocks of 32 and 128) and Dy
 int4 MatMulNBits (accuracy levels 0 and 4, blocks of 32 and 128). MatMulInteger and level 4 round activations to 8
 bits; the native kernels do not. `with a copy` is what `optimize --prefill copy` writes.
 
+`--types gated` measures a whole gated feed-forward layer instead, of inputs x hidden units, against its three dense
+layers: the gate runs dense in both, and its activation says which units up and down skip (CATS).
+
 With `--json` an interrupted run goes on where it was; `--docs` puts the tables between the marks of a page.
 """
 
@@ -27,14 +30,12 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: TID251 - the models 
 
 from sparse_onnx.bench import thresholded_page as page
 from sparse_onnx.bench.measure import Contestant, interleave
-from sparse_onnx.bench.thresholded_layers import FLOATS, MICROSOFT, TYPES, Kind, cast, kinds
+from sparse_onnx.bench.thresholded_layers import FLOATS, MICROSOFT, TAU, TYPES, Kind, cast, kinds
 from sparse_onnx.blocks.spec import DOMAIN
 from sparse_onnx.core.errors import SparseOnnxError
 from sparse_onnx.kernels import build, register_kernels
 from sparse_onnx.sparsify.prefill import MOST_ROWS
 
-#: Thresholds of standard normal inputs by the share that they skip.
-TAU = {0: -1.0, 30: 0.3853205, 50: 0.6744898, 70: 1.0364334}
 _SETTLE = 0.01  # seconds, where a pool of threads spins for a while behind each run
 
 
@@ -48,11 +49,13 @@ def measure(
     xs = [rng.standard_normal((tokens, inputs)).astype(np.float32) for _ in range(4)]
     contestants, rows = [], []
     for kind in found:
-        layers = max(1, int(np.ceil(stack_mb * 2**20 * 8 / (inputs * outputs * kind.bits)))) if few else 1
+        size = kind.weights(inputs, outputs) * kind.bits
+        layers = max(1, int(np.ceil(stack_mb * 2**20 * 8 / size))) if few else 1
         session = _session(kind, inputs, outputs, layers, threads)
         for share in (TAU if few else (0,)) if kind.native else (None,):
             settle = _SETTLE if threads > 1 else 0.0
-            contestants.append(Contestant(kind.name, _runner(session, xs, share), settle))
+            tau = None if share is None else kind.tau(share, inputs)
+            contestants.append(Contestant(kind.name, _runner(session, xs, tau), settle))
             rows.append((kind, share, layers))
     seconds = interleave(contestants, len(xs), rounds=rounds) / np.array([row[2] for row in rows])
     medians = np.median(seconds, axis=0) * 1e3
@@ -116,10 +119,10 @@ def main(
 
 
 def _runner(
-    session: onnxruntime.InferenceSession, xs: Sequence[np.ndarray], share: int | None
-) -> Callable[[int], object]:
-    fed = [{"X": x} if share is None else {"X": x, "tau": np.array([TAU[share]], np.float32)} for x in xs]
-    return lambda index: session.run(None, fed[index])
+    session: onnxruntime.InferenceSession, xs: Sequence[np.ndarray], tau: float | None
+) -> Callable[[int], list[np.ndarray]]:
+    fed = [{"X": x} if tau is None else {"X": x, "tau": np.array([tau], np.float32)} for x in xs]
+    return lambda index: session.run(None, fed[index])  # type: ignore[no-any-return]
 
 
 def _session(
@@ -132,7 +135,8 @@ def _session(
     if kind.native:
         fed.append(helper.make_tensor_value_info("tau", TensorProto.FLOAT, [1]))
         nodes.append(cast("tau", "t", kind.dtype))
-        for name, size in (("centre", 1), ("bias", outputs)):
+        sizes = (outputs, inputs) if kind.gated else (1, outputs)
+        for name, size in zip(("centre", "bias"), sizes, strict=True):
             constants.append(helper.make_tensor(name, FLOATS[kind.dtype], [size], np.zeros(size, np.float32)))
     if kind.many:
         constants += [numpy_helper.from_array(np.array(MOST_ROWS * inputs), "most")]
@@ -149,7 +153,7 @@ def _session(
     results = []
     for index in range(layers):
         nodes.append(cast(f"y{index}", f"Y{index}", "float32"))
-        results.append(helper.make_tensor_value_info(f"Y{index}", TensorProto.FLOAT, [None, outputs]))
+        results.append(helper.make_tensor_value_info(f"Y{index}", TensorProto.FLOAT, None))
     versions = {"": 21, DOMAIN: 1, MICROSOFT: 1}
     model = helper.make_model(
         helper.make_graph(nodes, "stack", fed, results, constants),

@@ -10,9 +10,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper  # noqa: TID251 - the models are parts of the measurement
 
+from sparse_onnx.bench.thresholded_gated import dense_gated, gate_tau, thresholded_gated
 from sparse_onnx.blocks.spec import DOMAIN
 
 TYPES = ("float32", "float16", "bfloat16", "int8", "int4")
+#: A gated feed-forward layer of float32, whose shape is inputs x hidden units.
+GATED_TYPE = "gated"
+#: Thresholds of standard normal inputs by the share that they skip.
+TAU = {0: -1.0, 30: 0.3853205, 50: 0.6744898, 70: 1.0364334}
 MICROSOFT = "com.microsoft"
 FLOATS = {
     "float32": TensorProto.FLOAT,
@@ -34,10 +39,22 @@ class Kind:
     make: Callable[[int, int, int], Part]
     dtype: str = "float32"
     many: bool = False
+    gated: bool = False
+
+    def weights(self, inputs: int, outputs: int) -> int:
+        """Of one layer."""
+        return (3 if self.gated else 1) * inputs * outputs
+
+    def tau(self, share: int, inputs: int) -> float:
+        return gate_tau(share, inputs) if self.gated and share else TAU[share]
 
 
 def kinds(dtype: str) -> Iterator[Kind]:
     """The dense ones first."""
+    if dtype == GATED_TYPE:
+        yield Kind("3 MatMul", 32, False, dense_gated, gated=True)
+        yield Kind("thresholded, up and down by the gate", 32, True, thresholded_gated, gated=True)
+        return
     if dtype in FLOATS:
         bits = 32 if dtype == "float32" else 16
         if dtype == "bfloat16":

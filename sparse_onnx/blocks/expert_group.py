@@ -60,6 +60,9 @@ def emit_group(
         opset: of the graph's default domain.
     """
     block = weights.block
+    whole = [weights.whole(emit, expert, rows, opset) for expert, rows in zip(group, pieces, strict=True)]
+    if None not in whole:
+        return [value for value in whole if value is not None]
     projected = [
         joined(
             emit,

@@ -14,6 +14,9 @@ import onnx_ir as ir
 #: Metadata of a neutral node: JSON, an `ExpertThreshold` a role.
 THRESHOLDS_KEY = "sparse_onnx.expert_thresholds"
 
+#: In place of a role: the gate says which units up and down skip.
+GATED_ROLE = "gated"
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpertThreshold:

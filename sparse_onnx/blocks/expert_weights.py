@@ -79,6 +79,11 @@ class ExpertWeights:
         self.biased = {role: not is_zero(weights[f"{role}_bias"]) for role in block.spec.roles}
         self.quantized = {role: Quantized.of(weights[role]) for role in block.spec.roles}
 
+    def whole(self, emit: Emitter, expert: int, rows: ir.Value, opset: int) -> ir.Value | None:
+        """``rows [n, D] -> [n, D_out]`` by all of an expert, where it is not a matrix at a time; else None."""
+        del emit, expert, rows, opset
+        return None
+
     def linear(self, emit: Emitter, role: str, expert: int, rows: ir.Value) -> ir.Value:
         """``rows [n, in] -> [n, out]`` by one matrix of one expert, with its bias."""
         bias = self._slice(self.block.weights[f"{role}_bias"], expert) if self.biased[role] else None

@@ -12,6 +12,7 @@ from sparse_onnx.blocks.moe import is_neutral
 from sparse_onnx.blocks.spec import DOMAIN, DOMAIN_VERSION
 from sparse_onnx.blocks.thresholded import MIN_OPSET as THRESHOLDED_OPSET
 from sparse_onnx.blocks.thresholded import is_thresholded, thresholded_text
+from sparse_onnx.blocks.thresholded_gated import GATED_OPSET, gated_text, is_gated
 from sparse_onnx.core.errors import ModelError
 
 MIN_OPSET = 18
@@ -21,13 +22,14 @@ def make_function(op: str, opset: int) -> ir.Function:
     """The definition of a neutral operator.
 
     Args:
-        op: ``MoE``, ``GatedMoE``, ``Combine``, ``ThresholdedLinear`` or ``ThresholdedLinearNBits``.
+        op: ``MoE``, ``GatedMoE``, ``Combine``, ``ThresholdedLinear``, ``ThresholdedGatedMLP``, or one of the last two
+            with ``NBits`` behind it.
         opset: the model's version of the default domain.
 
     Raises:
-        ModelError: an opset that the body cannot be written in: below 18, of the n-bit layer below 21.
+        ModelError: an opset that the body cannot be written in: below 18, of the n-bit layers below 21.
     """
-    oldest = THRESHOLDED_OPSET.get(op, MIN_OPSET)
+    oldest = (THRESHOLDED_OPSET | GATED_OPSET).get(op, MIN_OPSET)
     if opset < oldest:
         raise ModelError(
             f"opset {opset} is too old for {DOMAIN}::{op}, which needs {oldest}",
@@ -37,6 +39,8 @@ def make_function(op: str, opset: int) -> ir.Function:
         return ir.serde.deserialize_function(onnx.parser.parse_function(combine_text(DOMAIN, opset)))
     if op in THRESHOLDED_OPSET:
         return ir.serde.deserialize_function(onnx.parser.parse_function(thresholded_text(op, opset)))
+    if op in GATED_OPSET:
+        return ir.serde.deserialize_function(onnx.parser.parse_function(gated_text(op, opset)))
     function = ir.serde.deserialize_function(onnx.parser.parse_function(body_text(op, DOMAIN, opset)))
     (loop,) = (node for node in function if node.op_type == "Loop")
     count, condition, _ = loop.attributes["body"].as_graph().inputs
@@ -61,7 +65,7 @@ def attach_functions(model: ir.Model) -> bool:
     used: set[str] = set()
     for scope in scopes:
         nodes = ir.traversal.RecursiveGraphIterator(scope)
-        neutral = (is_neutral, is_combine, is_thresholded)
+        neutral = (is_neutral, is_combine, is_thresholded, is_gated)
         found = {node.op_type for node in nodes if any(kind(node) for kind in neutral)}
         if found:
             holders.append(scope)

@@ -73,23 +73,28 @@ def inner_rows(spec: ExpertSpec, rows: np.ndarray, own: Mapping[str, np.ndarray]
         rows: tokens that it gets.
         own: its matrices and biases by role, those in front of the last.
     """
-    projected = [_linear(spec, rows, own, role) for role in spec.roles[:-1]]
-    hidden = projected[0]
     if spec.gate_layout is GateLayout.NONE:
-        hidden = _activate(spec, hidden)
+        return _activate(spec, _linear(spec, rows, own, spec.roles[0]))
+    activated, up = gated_rows(spec, rows, own)
+    return activated * up
+
+
+def gated_rows(
+    spec: ExpertSpec, rows: np.ndarray, own: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The activation of one expert's gate and what it is multiplied by, ``[n, I]`` each; as `inner_rows`."""
+    projected = [_linear(spec, rows, own, role) for role in spec.roles[:-1]]
+    if spec.gate_layout is GateLayout.SEPARATE:
+        gate, up = projected
+    elif spec.gate_layout is GateLayout.INTERLEAVED:
+        gate, up = projected[0][:, 0::2], projected[0][:, 1::2]
     else:
-        if spec.gate_layout is GateLayout.SEPARATE:
-            gate, up = projected
-        elif spec.gate_layout is GateLayout.INTERLEAVED:
-            gate, up = hidden[:, 0::2], hidden[:, 1::2]
-        else:
-            gate, up = np.split(hidden, 2, axis=1)
-        if spec.limit > 0 and spec.activation is Activation.SILU_SOFTCAP:
-            up = spec.limit * np.tanh(up / spec.limit)
-        elif spec.limit > 0:
-            gate, up = np.minimum(gate, spec.limit), np.clip(up, -spec.limit, spec.limit)
-        hidden = _activate(spec, gate) * (up + spec.beta)
-    return hidden
+        gate, up = np.split(projected[0], 2, axis=1)
+    if spec.limit > 0 and spec.activation is Activation.SILU_SOFTCAP:
+        up = spec.limit * np.tanh(up / spec.limit)
+    elif spec.limit > 0:
+        gate, up = np.minimum(gate, spec.limit), np.clip(up, -spec.limit, spec.limit)
+    return _activate(spec, gate), up + spec.beta
 
 
 def _linear(spec: ExpertSpec, rows: np.ndarray, own: Mapping[str, np.ndarray], role: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from sparse_onnx.calibrate.collect import Sizes
 from sparse_onnx.calibrate.data import LENGTH, Data
 from sparse_onnx.calibrate.describe import rounded
 from sparse_onnx.calibrate.digests import digests
+from sparse_onnx.calibrate.gated import gated_records
 from sparse_onnx.calibrate.measure import Progress, records
 from sparse_onnx.calibrate.observe import Observed
 from sparse_onnx.calibrate.plan import Plan, groups, plan, prepare
@@ -100,6 +101,7 @@ def calibrate(
         activations=counted,
         refusals=(*planned.refusals, *refusals),
         notes=(source.note,) if source.note else (),
+        gated=gated_records(planned.gated, planned.blocks, sizes, seed),
     )
     if out is not None:
         target = Path(out)

@@ -58,6 +58,30 @@ def error_curves(
     return {name: curves[_same(name, distinct, described)] for name in CENTRES}
 
 
+def gated_errors(
+    parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], quantiles: np.ndarray
+) -> np.ndarray:
+    """||h W - h~ W|| / ||h W|| at `SPARSITIES`, where h~ is h without the units whose gate's activation is small.
+
+    Args:
+        parts: sizes of activations and h, ``[n, I]`` each, and down ``[I, N]`` that h goes through.
+        quantiles: ``[101]`` of the sizes, of other rows.
+    """
+    lost, whole = np.zeros(len(SPARSITIES)), 0.0
+    tau = quantiles[[round(share * 100) for share in SPARSITIES]].astype(np.float32)
+    for sizes, hidden, matrix in parts:
+        if not len(hidden):
+            continue
+        hidden = np.ascontiguousarray(hidden, np.float32)
+        whole += _square(hidden @ matrix)
+        weigh = _Weigher(matrix, len(hidden), len(SPARSITIES) - 1)
+        for some in _chunks(hidden.nbytes):
+            lost[some] += weigh(np.where(sizes <= tau[some][:, None, None], hidden, np.float32(0)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        errors = np.sqrt(lost / whole) if whole else np.full(len(lost), MOST)
+    return np.where(lost > 0, np.minimum(errors, MOST), 0.0)
+
+
 def _distinct(described: Description) -> list[str]:
     """Centres without those that are the same as an earlier one."""
     kept: list[str] = []

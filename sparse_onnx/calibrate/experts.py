@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from sparse_onnx.blocks import MoEBlock, WeightLayout
 from sparse_onnx.blocks.quantized import Quantized, Slices
-from sparse_onnx.blocks.reference import inner_rows
+from sparse_onnx.blocks.reference import gated_rows, inner_rows
 from sparse_onnx.graph.stacked import read_slices
 
 
@@ -28,15 +28,28 @@ class Experts:
 
     def inner(self, tokens: np.ndarray, experts: np.ndarray) -> np.ndarray:
         """What the last matrix reads: of each token ``[n, D]`` in its expert ``[n]``, ``[n, I]`` float32."""
+        [result] = self._between(tokens, experts, 1)
+        return result
+
+    def gated(self, tokens: np.ndarray, experts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The gates' activations, and the same times up's results; each as `inner`."""
+        activated, up = self._between(tokens, experts, 2)
+        return activated, activated * up
+
+    def _between(self, tokens: np.ndarray, experts: np.ndarray, parts: int) -> list[np.ndarray]:
         assert self.block.inner is not None
-        result = np.zeros((len(tokens), self.block.inner), np.float32)
+        results = [np.zeros((len(tokens), self.block.inner), np.float32) for _ in range(parts)]
         roles = self.block.spec.roles[:-1]
         for expert, at in by_expert(experts):
             names = [name for role in roles for name in (role, f"{role}_bias")]
             own = {name: np.asarray(self._stored[name][expert]) for name in names}
+            rows = tokens[at].astype(np.float32)
             with np.errstate(over="ignore"):
-                result[at] = inner_rows(self.block.spec, tokens[at].astype(np.float32), own)
-        return result
+                if parts == 2:
+                    results[0][at], results[1][at] = gated_rows(self.block.spec, rows, own)
+                else:
+                    results[0][at] = inner_rows(self.block.spec, rows, own)
+        return results
 
     def parts(
         self, roles: tuple[str, ...], rows: np.ndarray, experts: np.ndarray

@@ -10,8 +10,10 @@ import onnx_ir as ir
 from sparse_onnx import targets
 from sparse_onnx.blocks import MoEBlock, neutral_blocks
 from sparse_onnx.calibrate.collect import BlockCollector, SiteCollector
+from sparse_onnx.calibrate.gated import GatedCollector
 from sparse_onnx.calibrate.observe import rectified_values
 from sparse_onnx.core.report import Refusal
+from sparse_onnx.matching.gated import GatedLayer, gated_layers
 from sparse_onnx.matching.layout import rows_of
 from sparse_onnx.matching.sites import Site, sites
 from sparse_onnx.optimize import runner
@@ -20,7 +22,7 @@ from sparse_onnx.verify.metadata import sound_blocks
 #: Bytes of values that are fetched of one run at once.
 _FETCHED = 256 << 20
 
-Collector = SiteCollector | BlockCollector
+Collector = SiteCollector | BlockCollector | GatedCollector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Plan:
         blocks: what collects each block's routing.
         rectified: other values whose zeros are counted, and their operators.
         refusals: what is left alone, and why.
+        gated: gated feed-forward layers, with what collects their gates' activations.
     """
 
     layers: tuple[tuple[Site, SiteCollector], ...]
@@ -40,10 +43,12 @@ class Plan:
     blocks: tuple[BlockCollector, ...]
     rectified: tuple[tuple[ir.Value, str], ...]
     refusals: tuple[Refusal, ...]
+    gated: tuple[tuple[GatedLayer, GatedCollector], ...] = ()
 
     @property
     def collectors(self) -> tuple[Collector, ...]:
-        return (*(collector for _, collector in self.layers), *self.blocks)
+        layers, gated = ([collector for _, collector in own] for own in (self.layers, self.gated))
+        return (*layers, *self.blocks, *gated)
 
 
 def prepare(model: ir.Model) -> None:
@@ -77,7 +82,14 @@ def plan(model: ir.Model) -> Plan:
     ]
     kept = {collector.name for collector in blocks}
     experts = {name: group for name, group in experts.items() if name in kept}
-    return Plan(tuple(layers), experts, tuple(blocks), tuple(rectified), tuple(refusals))
+    gated, problems = gated_layers(found)
+    refusals += problems
+    watched = tuple(
+        (layer, GatedCollector(layer))
+        for layer in gated
+        if all(_unreachable(model, value) is None for value in (layer.activated, layer.product))
+    )
+    return Plan(tuple(layers), experts, tuple(blocks), tuple(rectified), tuple(refusals), watched)
 
 
 def _unreachable(model: ir.Model, value: ir.Value | None) -> str | None:

@@ -54,10 +54,11 @@ def thresholds(function: Command) -> Command:
     )
     @click.option(
         "--method",
-        metavar="scap|teal|topk|relu",
+        metavar="scap|teal|topk|relu|cats",
         default="scap",
         show_default=True,
-        help="scap: centres by output error; teal: centre 0; topk: a number of inputs; relu: exact zeros, lossless.",
+        help="scap: centres by output error; teal: centre 0; topk: a number of inputs; relu: exact zeros, lossless; "
+        "cats: units of gated layers whose gate is small.",
     )
     @click.option(
         "--allocation",

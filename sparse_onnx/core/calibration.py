@@ -1,6 +1,7 @@
 """CALIB.json: what `sparse-onnx calibrate` measured of one model, and what `optimize --thresholds` reads.
 
-Field names are the JSON contract (schema 1). Every number is finite; ``None`` stands for what does not apply.
+Field names are the JSON contract (schema 2; files of schema 1, which lack `gated`, are read as well). Every number is
+finite; ``None`` stands for what does not apply.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from sparse_onnx.core.errors import UsageError
 from sparse_onnx.core.report import Refusal, tool_versions
 
-SCHEMA = 1
+SCHEMA = 2
 COMMAND = "calibrate"
 #: What a site's rows are measured from: 0, the median of all values, their most frequent value, a median a channel.
 CENTRES = ("zero", "median", "mode", "channel_median")
@@ -77,6 +78,42 @@ class SiteRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class GatedRecord:
+    """A gated feed-forward layer, down(act(x gate) * (x up)), whose gate may say which units are skipped.
+
+    Attributes:
+        name: of the layer; `optimize` finds it again by this.
+        block: whose experts are such layers; empty for a layer of the graph.
+        weights: names of the matrices' initializers: gate, up and down.
+        activation: name of the value act(x gate); None for what lies inside experts.
+        rows: I, its hidden units.
+        bytes: of up and down as they are stored; of a block's, all experts' together.
+        tokens: rows that were seen; of experts, (token, expert) pairs.
+        zeros: share of exact zeros among the activations.
+        quantiles: of ``|act(x gate)|``, ``[101]``, 0 to 100 %, by the one centre that there is, zero.
+        errors: ``||h W - h~ W|| / ||h W||`` on held-out rows, ``[20]``, at `SPARSITIES`, where h~ is h without the
+            units whose activation is small and W is down; by the same centre.
+    """
+
+    name: str
+    block: str
+    weights: tuple[str, ...]
+    activation: str | None
+    rows: int
+    bytes: int
+    tokens: int
+    zeros: float
+    quantiles: Mapping[str, tuple[float, ...]]
+    errors: Mapping[str, tuple[float, ...]]
+
+    def centre(self, name: str) -> float:
+        """As `SiteRecord.centre`."""
+        if name != "zero":
+            raise ValueError(f"activations of a gate have no centre '{name}'")
+        return 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockRecord:
     """Routing of one block.
 
@@ -114,7 +151,7 @@ class ZerosRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """The whole document. `layers` are sites, in graph order."""
+    """The whole document. `layers` are sites, `gated` gated feed-forward layers, in graph order."""
 
     path: str
     fingerprint: str
@@ -124,6 +161,7 @@ class Calibration:
     activations: tuple[ZerosRecord, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
+    gated: tuple[GatedRecord, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -133,6 +171,7 @@ class Calibration:
             "model": {"path": self.path, "fingerprint": self.fingerprint},
             "data": dataclasses.asdict(self.data),
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "gated": [dataclasses.asdict(layer) for layer in self.gated],
             "blocks": [dataclasses.asdict(block) for block in self.blocks],
             "activations": [dataclasses.asdict(record) for record in self.activations],
             "refusals": [refusal.to_json() for refusal in self.refusals],

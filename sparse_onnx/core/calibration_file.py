@@ -18,6 +18,7 @@ from sparse_onnx.core.calibration import (
     BlockRecord,
     Calibration,
     DataRecord,
+    GatedRecord,
     SiteRecord,
     ZerosRecord,
 )
@@ -28,6 +29,8 @@ _HINT = "`sparse-onnx calibrate MODEL --data FILES -o CALIB.json` writes such a 
 #: Bytes of the largest file that is read. Statistics of 1,000 sites of 16,384 channels are 200 MB.
 _MOST_BYTES = 1 << 30
 _NAMED = 80
+#: Schemas that are read: the first one had no gated layers.
+_SCHEMAS = (1, SCHEMA)
 
 Made = TypeVar("Made")
 
@@ -164,21 +167,24 @@ def _is_number(value: Any) -> bool:
 
 
 def _calibration(fields: _Fields) -> Calibration:
-    if fields.get("schema") != SCHEMA or fields.get("command") != COMMAND:
-        raise _Wrong(
-            f"schema {fields.get('schema')!r} of {fields.get('command')!r}, not {SCHEMA} of {COMMAND!r}"
-        )
+    schema = fields.get("schema")
+    if isinstance(schema, bool) or schema not in _SCHEMAS or fields.get("command") != COMMAND:
+        raise _Wrong(f"schema {schema!r} of {fields.get('command')!r}, not {SCHEMA} of {COMMAND!r}")
     model, data = fields.object("model"), fields.object("data")
     layers = tuple(map(_site, fields.objects("layers")))
     blocks = tuple(map(_block, fields.objects("blocks")))
+    gated = tuple(map(_gated, fields.objects("gated", optional=schema == 1)))
     for kind, names in (
         ("layers", [item.name for item in layers]),
+        ("gated", [item.name for item in gated]),
         ("blocks", [item.name for item in blocks]),
     ):
         if len(set(names)) < len(names):
             raise _Wrong(f"'{kind}' has a name twice")
     if unknown := {name for block in blocks for name in block.layers} - {layer.name for layer in layers}:
         raise _Wrong(f"'blocks' names a layer that is not there: '{min(unknown)[:_NAMED]}'")
+    if unknown := {layer.block for layer in gated} - {"", *(block.name for block in blocks)}:
+        raise _Wrong(f"'gated' names a block that is not there: '{min(unknown)[:_NAMED]}'")
     return Calibration(
         path=model.text("path"),
         fingerprint=model.text("fingerprint"),
@@ -194,6 +200,7 @@ def _calibration(fields: _Fields) -> Calibration:
         activations=tuple(map(_zeros, fields.objects("activations", optional=True))),
         refusals=tuple(map(_refusal, fields.objects("refusals", optional=True))),
         notes=fields.texts("notes") if "notes" in fields.data else (),
+        gated=gated,
     )
 
 
@@ -218,6 +225,24 @@ def _site(fields: _Fields) -> SiteRecord:
         channel_median=fields.numbers("channel_median", rows),
         quantiles={centre: quantiles.rising(centre, POINTS, 0) for centre in CENTRES},
         errors={centre: errors.numbers(centre, len(SPARSITIES), 0) for centre in CENTRES},
+    )
+
+
+def _gated(fields: _Fields) -> GatedRecord:
+    weights = fields.texts("weights")
+    if not weights:
+        raise fields.wrong("weights", "is empty")
+    return GatedRecord(
+        name=fields.text("name"),
+        block=fields.text("block"),
+        weights=weights,
+        activation=None if fields.get("activation") is None else fields.text("activation"),
+        rows=fields.whole("rows", 1),
+        bytes=fields.whole("bytes"),
+        tokens=fields.whole("tokens", 1),
+        zeros=fields.number("zeros", 0, 1),
+        quantiles={"zero": fields.object("quantiles").rising("zero", POINTS, 0)},
+        errors={"zero": fields.object("errors").numbers("zero", len(SPARSITIES), 0)},
     )
 
 

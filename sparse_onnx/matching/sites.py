@@ -142,7 +142,7 @@ def _free(name: str, taken: set[str]) -> str:
 def _of_layers(group: Sequence[Layer], names: Sequence[str], taken: set[str]) -> Site:
     weights = [layer.weight for layer in group]
     return Site(
-        name=_free(_joined(names), taken),
+        name=_free(joined_name(names), taken),
         input=rows_of(group[0].input),
         layers=tuple(group),
         names=tuple(names),
@@ -154,7 +154,7 @@ def _of_layers(group: Sequence[Layer], names: Sequence[str], taken: set[str]) ->
     )
 
 
-def _joined(names: Sequence[str]) -> str:
+def joined_name(names: Sequence[str]) -> str:
     """``self_attn.q_proj+k_proj+v_proj``: what the names have in common once."""
     parts = [name.split(".") for name in names]
     shared = 0

@@ -7,9 +7,13 @@ import onnx_ir as ir
 
 from sparse_onnx.core.errors import VerificationError
 from sparse_onnx.graph.external import read_array
+from sparse_onnx.matching.gated import GatedLayer, gated_layers
+from sparse_onnx.matching.sites import sites
+from sparse_onnx.matching.values import tensor
 from sparse_onnx.optimize.watched import numbers_of, values_of
+from sparse_onnx.optimize.watched_gated import gated_numbers
 from sparse_onnx.sparsify.prefill import layer_of
-from sparse_onnx.sparsify.record import acting
+from sparse_onnx.sparsify.record import Acting, acting
 
 _TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
@@ -29,11 +33,17 @@ def compare_weights(before: ir.Model, after: ir.Model) -> int:
     """
     old, new = _all_values(before), values_of(after)
     compared = 0
+    layers: dict[str, GatedLayer] = {}
     for item in acting(after):
         found = None if item.inner else layer_of(old, item.layer)
         if found is None:
             continue
         original, bias = found
+        if item.rows:
+            layers = layers or {each.name: each for each in gated_layers(sites(before))[0]}
+            _compare_gated(item, layers[item.site], bias, new)
+            compared += 1
+            continue
         weight, folded, centre = numbers_of(item, new)
         expected = original.weight.numbers().astype(np.float64)
         base = (
@@ -52,6 +62,20 @@ def compare_weights(before: ir.Model, after: ir.Model) -> int:
             raise _differs(item.layer, "another bias")
         compared += 1
     return compared
+
+
+def _compare_gated(
+    item: Acting, original: GatedLayer, bias: ir.TensorProtocol | None, values: dict[str, ir.Value]
+) -> None:
+    held = gated_numbers(item, values)
+    if held is None:
+        return
+    up_bias = None if original.up_bias is None else tensor(original.up_bias)
+    before = [original.up.weight.numbers().T, up_bias, original.down.weight.numbers(), bias]
+    for at, (was, now) in enumerate(zip(before, held, strict=True)):
+        kept = was if isinstance(was, np.ndarray) else np.zeros(now.shape) if was is None else read_array(was)
+        if not np.array_equal(kept.reshape(now.shape).astype(np.float64), now.astype(np.float64)):
+            raise _differs(item.layer, "another bias" if at % 2 else "other weights")
 
 
 def _differs(name: str, what: str) -> VerificationError:

@@ -291,22 +291,26 @@ class Thresholds:
     def _record(
         self, model: ir.Model, plan: Plan, level_input: str, seen: dict[str, Seen]
     ) -> ThresholdsRecord:
-        costs = Costs.of(self.asked.calibration)
+        costs = Costs.of(self.asked.calibration, self.asked.method)
         reads = {site.name: read for site, read in zip(costs.sites, costs.reads, strict=True)}
         total = {site.name: site.bytes for site in costs.sites}
+        experts = {name for block in self.asked.calibration.blocks for name in block.layers}
+        experts |= {layer.name for layer in self.asked.calibration.gated if layer.block}
         rows = []
         for name, items in by_site(acting(model)).items():
             site = plan.sites[name]
             measured = seen[name].share if name in seen else None
             expected = float(site.sparsity[plan.level])
-            # Of a site with layers that were refused, those that were not; of experts, one token's.
+            # Of a site with layers that were refused, those that were not. Experts, whose bytes may be fewer than
+            # calibration saw, skip all together or not at all.
             share = min(1.0, sum(item.nbytes for item in items) / max(1, total[name]))
+            share = 1.0 if name in experts else share
             read = reads[name] * share
             skipped = read * (expected if measured is None else measured)
             rows.append(
                 SiteRecord(name, len(items), site.centring, expected, measured, round(read), round(skipped))
             )
-        whole = round(sum(costs.reads))
+        whole = round(costs.total)
         left_out = sum(row.bytes_skipped for row in rows)
         return ThresholdsRecord(
             calibration=self.asked.path,

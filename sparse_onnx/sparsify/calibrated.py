@@ -6,6 +6,7 @@
 | teal | small inputs count as 0 (TEAL, arXiv 2408.14690) | 0 |
 | topk | of each token the inputs of the largest size are kept | 0 |
 | relu | exact zeros alone are skipped: nothing is lost, and networks with ReLU have many | 0 |
+| cats | units whose gate is small are skipped in up and down (CATS, arXiv 2404.08763); other layers stay dense | 0 |
 
 Thresholds above 0 behind a Relu are FATReLU, and behind a ThresholdedRelu the same with a larger alpha: `scap` and
 `teal` raise them from the zeros that are there. Centres are compared by the error of the layers' outputs on held-out
@@ -20,13 +21,20 @@ from typing import Literal
 
 import numpy as np
 
-from sparse_onnx.core.calibration import CENTRES, POINTS, SPARSITIES, Calibration, SiteRecord
+from sparse_onnx.core.calibration import (
+    CENTRES,
+    POINTS,
+    SPARSITIES,
+    Calibration,
+    GatedRecord,
+    SiteRecord,
+)
 from sparse_onnx.core.errors import ImpossibleError, UsageError
 from sparse_onnx.sparsify.allocate import LEVELS, Curve, Floats, greedy, uniform
 from sparse_onnx.sparsify.plan import Mode, Plan, SitePlan
 
-Method = Literal["scap", "teal", "topk", "relu"]
-METHODS: tuple[Method, ...] = ("scap", "teal", "topk", "relu")
+Method = Literal["scap", "teal", "topk", "relu", "cats"]
+METHODS: tuple[Method, ...] = ("scap", "teal", "topk", "relu", "cats")
 Allocation = Literal["greedy", "uniform"]
 ALLOCATIONS: tuple[Allocation, ...] = ("greedy", "uniform")
 
@@ -42,20 +50,21 @@ _STEPS = np.array(SPARSITIES)
 @dataclasses.dataclass(frozen=True)
 class Costs:
     """What the sites of a model read and lose. `reads` are bytes of weights for one token, experts that it is not sent
-    to left out."""
+    to left out; `total` those of all linear layers, of which shares are given."""
 
-    sites: tuple[SiteRecord, ...]
+    sites: tuple[SiteRecord, ...] | tuple[GatedRecord, ...]
     reads: tuple[float, ...]
+    total: float
 
     @staticmethod
-    def of(calibration: Calibration) -> Costs:
-        shares = {
-            name: min(block.top_k, block.experts) / block.experts
-            for block in calibration.blocks
-            for name in block.layers
-        }
-        reads = tuple(site.bytes * shares.get(site.name, 1.0) for site in calibration.layers)
-        return Costs(calibration.layers, reads)
+    def of(calibration: Calibration, method: Method = "scap") -> Costs:
+        shares = {block.name: min(block.top_k, block.experts) / block.experts for block in calibration.blocks}
+        own = {name: shares[block.name] for block in calibration.blocks for name in block.layers}
+        reads = tuple(site.bytes * own.get(site.name, 1.0) for site in calibration.layers)
+        if method != "cats":
+            return Costs(calibration.layers, reads, sum(reads))
+        gated = tuple(layer.bytes * shares.get(layer.block, 1.0) for layer in calibration.gated)
+        return Costs(calibration.gated, gated, sum(reads))
 
 
 def make_plan(
@@ -91,7 +100,13 @@ def make_plan(
         raise UsageError(f"a sparsity of {sparsity:g} is no share between 0 and 1")
     if not calibration.layers:
         raise ImpossibleError("no layer of this model can be thresholded", "the calibration says why")
-    costs = Costs.of(calibration)
+    if method == "cats" and not calibration.gated:
+        raise ImpossibleError(
+            "no gated layer was measured, whose gate could say what is skipped",
+            "another method takes layers of any kind; a calibration that was made before sparse-onnx knew 'cats' is "
+            "to be made again",
+        )
+    costs = Costs.of(calibration, method)
     least = LEAST[mode] if least is None else least
     if method == "relu":
         return _natural(costs, mode, least)
@@ -103,14 +118,14 @@ def make_plan(
     }
     if sparsity is not None:
         level = _level(costs, plans, sparsity, least)
-    return Plan(plans, level or 0, mode, method == "topk", least)
+    return Plan(plans, level or 0, mode, method == "topk", least, method == "cats")
 
 
 def skipped(costs: Costs, plans: dict[str, SitePlan], least: float) -> Floats:
     """The share of all bytes that calibration expects to be skipped at each level: ``[101]``."""
     reads = np.array(costs.reads)
     table = np.stack([plans[site.name].sparsity for site in costs.sites], axis=1)
-    return np.where(table >= least, table, 0) @ reads / max(reads.sum(), 1e-300)
+    return np.where(table >= least, table, 0) @ reads / max(costs.total, 1e-300)
 
 
 def _level(costs: Costs, plans: dict[str, SitePlan], sparsity: float, least: float) -> int:
@@ -146,11 +161,11 @@ def _curves(costs: Costs, errors: Sequence[Floats]) -> list[Curve]:
     return [Curve(read, _STEPS, error) for read, error in zip(costs.reads, errors, strict=True)]
 
 
-def _squares(site: SiteRecord, centre: str) -> Floats:
+def _squares(site: SiteRecord | GatedRecord, centre: str) -> Floats:
     return np.square(np.array(site.errors[centre], np.float64))
 
 
-def _site(site: SiteRecord, centre: str, path: Floats, method: Method) -> SitePlan:
+def _site(site: SiteRecord | GatedRecord, centre: str, path: Floats, method: Method) -> SitePlan:
     value = np.atleast_1d(np.array(site.centre(centre), np.float32))
     if method == "topk":
         table = np.maximum(1, np.rint((1 - path) * site.rows))

@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.blocks.expert_thresholds import marked
+from sparse_onnx.blocks.expert_thresholds import GATED_ROLE, marked
 from sparse_onnx.blocks.expert_weights import ExpertWeights
 from sparse_onnx.blocks.lowering import Problem
 from sparse_onnx.blocks.moe import MoEBlock
@@ -16,8 +16,9 @@ from sparse_onnx.blocks.quantized import Quantized
 from sparse_onnx.blocks.spec import DOMAIN, WeightLayout
 from sparse_onnx.graph.build import Emitter, Namespace
 from sparse_onnx.matching.layer_weights import LayerWeight
-from sparse_onnx.matching.linear import Matrix
 from sparse_onnx.sparsify.emit import Threshold, emit_masked
+from sparse_onnx.sparsify.expert_matrix import expert_weight, integers
+from sparse_onnx.sparsify.gated_experts import GatedExperts
 from sparse_onnx.sparsify.layers import Product, emit_product, note, weight_obstacle
 from sparse_onnx.sparsify.plan import Mode
 from sparse_onnx.sparsify.record import tag
@@ -47,6 +48,8 @@ def expert_weights(
     found = expert_thresholds(names.model, block.node)
     if not found:
         return ExpertWeights(block, names, contrib, integer)
+    if GATED_ROLE in found:
+        return GatedExperts(block, names, contrib, integer, found[GATED_ROLE])
     return _Thresholded(block, names, contrib, integer, found)
 
 
@@ -95,20 +98,7 @@ class _Thresholded(ExpertWeights):
         return emit_product(emit, x, self.block.dtype, product, threshold, watched.name or "")
 
     def _weight(self, role: str, expert: int) -> LayerWeight:
-        value, quantized = self.block.weights[role], self.quantized[role]
-        if quantized is not None:
-            return _integers(self.block, quantized.part(expert, f"{value.name}.{expert}"))
-        turned = self.block.spec.weight_layout == WeightLayout.OUT_IN
-        assert value.const_value is not None
-        shape = value.const_value.shape.numpy()[1:]
-        inputs, outputs = shape[::-1] if turned else shape
-        return LayerWeight(Matrix(value, expert), turned, inputs, outputs, (value,))
-
-
-def _integers(block: MoEBlock, part: Quantized) -> LayerWeight:
-    turned = block.spec.weight_layout == WeightLayout.OUT_IN
-    inputs, outputs = part.shape[::-1] if turned else part.shape
-    return LayerWeight(part, turned, inputs, outputs, ())
+        return expert_weight(self.block, role, expert)
 
 
 def block_obstacle(block: MoEBlock, role: str, mode: Mode, centre: np.ndarray) -> Problem | None:
@@ -117,7 +107,7 @@ def block_obstacle(block: MoEBlock, role: str, mode: Mode, centre: np.ndarray) -
     quantized = Quantized.of(value)
     try:
         if quantized is not None:
-            return weight_obstacle(_integers(block, quantized.part(0, "")), block.dtype, mode, centre)
+            return weight_obstacle(integers(block, quantized.part(0, "")), block.dtype, mode, centre)
     except ValueError as error:
         return str(error), ""
     held = value.const_value

@@ -92,7 +92,7 @@ def emit_product(
     """
     weights = operands(product.weight, dtype, product.name)
     assert isinstance(weights, Operands)
-    values = [_initializer(emit.names, product, part, held) for part, held in weights.tensors.items()]
+    values = [initializer(emit.names, product, part, held) for part, held in weights.tensors.items()]
     total = folded(product.weight, _centre(threshold), product.bias).astype(dtype.numpy())
     base = ir.Tensor(total, dtype, name=f"{product.name}.folded_bias")
     held = emit.names.initializer(product.home, (dtype, total.tobytes(), "folded"), base)
@@ -116,7 +116,7 @@ def _centre(threshold: Threshold) -> np.ndarray:
     return held.numpy()
 
 
-def _initializer(names: Namespace, product: Product, part: str, held: ir.TensorProtocol) -> ir.Value:
+def initializer(names: Namespace, product: Product, part: str, held: ir.TensorProtocol) -> ir.Value:
     """The tensor in the graph; where it lies as it lay, the value that holds it."""
     for value in product.weight.values:
         if tensor(value) is held:
@@ -146,7 +146,7 @@ class Writer:
             tag(layer.node, note(threshold, watched.name or "", layer.weight))
             return
         graph, home = layer.node.graph, layer.weight.values[0].graph
-        last, bias = _biased(layer)
+        last, bias = biased(layer)
         assert isinstance(graph, ir.Graph) and isinstance(home, ir.Graph) and layer.input.dtype is not None
         weight, index = layer.weight, getattr(layer.weight.stored, "index", None)
         key = (*(id(value) for value in weight.values), index, weight.out_in)
@@ -154,7 +154,7 @@ class Writer:
         emit = self._emitter(graph, layer)
         result = emit_product(emit, x, layer.input.dtype, product, threshold, watched.name or "")
         emit.replace(last, result)
-        self._drop(layer)
+        drop(layer)
 
     def _masked(self, layer: Layer, threshold: Threshold) -> ir.Value:
         """The layer's input with what is skipped put to the centre, once for all layers of a graph that read it."""
@@ -170,19 +170,20 @@ class Writer:
     def _emitter(self, graph: ir.Graph, layer: Layer) -> Emitter:
         return Emitter(graph, self.names, layer.node.name or layer.output.name or "layer")
 
-    def _drop(self, layer: Layer) -> None:
-        """The layer's nodes that nothing reads any more, and the weights in the order that they had."""
-        for node in reversed(layer.nodes):
-            if node.graph is not None and not any(
-                value.uses() or value.is_graph_output() for value in node.outputs
-            ):
-                node.graph.remove(node, safe=True)
-        for value in layer.weight.values:
-            reader = next(iter(value.uses()), None)
-            if reader is not None and reader.node.op_type in ("DequantizeLinear", "Transpose", "Identity"):
-                _remove_unread(reader.node)
-            if not value.uses() and not value.is_graph_output() and isinstance(value.graph, ir.Graph):
-                value.graph.initializers.pop(value.name or "", None)
+
+def drop(layer: Layer) -> None:
+    """The layer's nodes that nothing reads any more, and the weights in the order that they had."""
+    for node in reversed(layer.nodes):
+        if node.graph is not None and not any(
+            value.uses() or value.is_graph_output() for value in node.outputs
+        ):
+            node.graph.remove(node, safe=True)
+    for value in layer.weight.values:
+        reader = next(iter(value.uses()), None)
+        if reader is not None and reader.node.op_type in ("DequantizeLinear", "Transpose", "Identity"):
+            _remove_unread(reader.node)
+        if not value.uses() and not value.is_graph_output() and isinstance(value.graph, ir.Graph):
+            value.graph.initializers.pop(value.name or "", None)
 
 
 def _remove_unread(node: ir.Node) -> None:
@@ -194,7 +195,7 @@ def _remove_unread(node: ir.Node) -> None:
         node.graph.remove(node, safe=True)
 
 
-def _biased(layer: Layer) -> tuple[ir.Node, ir.Value | None]:
+def biased(layer: Layer) -> tuple[ir.Node, ir.Value | None]:
     """The node whose output the layer's is, and its bias: a stored vector that an Add behind it adds counts too."""
     last = layer.output.producer()
     assert last is not None

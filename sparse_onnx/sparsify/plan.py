@@ -50,6 +50,7 @@ class Plan:
             `simulate`: the inputs alone are changed, and nothing is faster.
         top_k: the tables count inputs instead of bounding them.
         least: sites that skip less than this share at `level` stay dense.
+        gated: sites are gated feed-forward layers, as `matching.gated` calls them.
     """
 
     sites: Mapping[str, SitePlan] = dataclasses.field(default_factory=dict)
@@ -57,6 +58,7 @@ class Plan:
     mode: Mode = "native"
     top_k: bool = False
     least: float = 0.0
+    gated: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.sites, str):

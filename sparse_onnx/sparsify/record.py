@@ -23,9 +23,12 @@ class Acting:
         site: whose threshold it is.
         input: the value that is compared, ``[..., K]``.
         bound: value ``[1]``: what is no farther from the centre is skipped; empty for 0.
-        centre: value ``[1]`` or ``[K]``.
+        centre: value ``[1]`` or ``[K]``; empty for 0.
         nbytes: of the layer's weights, as they are stored.
         weight, folded: values of the mode `gather`, ``[K, N]`` and ``[N]``; else empty.
+        rows: of a gated layer, whose `input` is the activation of its gate: the value ``[..., K]`` that up reads, in
+            the mode `simulate` the product ``[..., I]`` that is masked; else empty.
+        up, up_bias: of a gated layer in the mode `gather`, ``[I, K]`` and ``[I]``; else empty.
         layer: the value that the layer computes.
         inner: whether it lies in the body of an If, Loop or Scan, where nothing can be watched.
     """
@@ -37,6 +40,9 @@ class Acting:
     nbytes: int
     weight: str = ""
     folded: str = ""
+    rows: str = ""
+    up: str = ""
+    up_bias: str = ""
     layer: str = ""
     inner: bool = False
 
@@ -68,7 +74,7 @@ def acting(model: ir.Model) -> list[Acting]:
     found = []
     for node in model.graph.all_nodes():
         entry = _read(node.metadata_props.get(ACTING_KEY))
-        texts = ("site", "input", "bound", "centre", "weight", "folded")
+        texts = ("site", "input", "bound", "centre", "weight", "folded", "rows", "up", "up_bias")
         if entry is None or set(entry) != {*texts, "nbytes"} or type(entry["nbytes"]) is not int:
             continue
         if all(isinstance(entry[name], str) for name in texts):

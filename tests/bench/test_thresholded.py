@@ -16,23 +16,23 @@ from sparse_onnx.core.errors import ModelError
 SIZE = 256
 
 
-@pytest.mark.parametrize("dtype", thresholded_layers.TYPES)
+@pytest.mark.parametrize("dtype", (*thresholded_layers.TYPES, "gated"))
 def test_every_kind_runs_and_a_copy_computes_what_it_copies(dtype: str, kernels: Path) -> None:
     for kind in thresholded_layers.kinds(dtype):
         session = thresholded._session(kind, SIZE, SIZE, 2, 1)
         for tokens in (1, 5):
             x = np.random.default_rng(tokens).standard_normal((tokens, SIZE)).astype(np.float32)
-            dense = thresholded._runner(session, [x], 0 if kind.native else None)(0)
+            dense = thresholded._runner(session, [x], -1.0 if kind.native else None)(0)
             assert len(dense) == 2 and dense[0].shape == (tokens, SIZE), kind.name
             assert not np.array_equal(dense[0], dense[1]), "weights of their own"
             if kind.native:
-                half = thresholded._runner(session, [x], 50)(0)
+                half = thresholded._runner(session, [x], kind.tau(50, SIZE))(0)
                 assert np.array_equal(half[0], dense[0]) == (kind.many and tokens > 4), kind.name
 
 
 def test_thresholds_skip_the_share_that_they_are_named_for() -> None:
     x = np.random.default_rng(0).standard_normal(200_000)
-    for share, tau in thresholded.TAU.items():
+    for share, tau in thresholded_layers.TAU.items():
         assert np.mean(np.abs(x) <= tau) * 100 == pytest.approx(share, abs=0.5)
 
 

@@ -24,11 +24,13 @@ namespace JOIN(level_, LEVEL) {
 #include "readers.h"
 #include "row.h"
 #include "many.h"
+#include "dots.h"
 #include "single.h"
 
 extern const Level table;
 const Level table{STRING(LEVEL), choose, mask, row, row_scratch, rows, kDepth * kStrip + kBatch * kStrip,
-                  kDepth,        widen,  narrow};
+                  kDepth,        laid,   lay,  dots, dots_scratch, cross,  cross_scratch,
+                  widen,         narrow};
 
 }  // namespace JOIN(level_, LEVEL)
 }  // namespace sparse_onnx

@@ -51,6 +51,15 @@ struct Level {
                float* y, int64_t first, int64_t last, float* scratch);
   int64_t rows_scratch;  // floats that `rows` needs
   int64_t depth;
+  // The other way round: out[at] = the row index[at] of W times one x, which `lay` put into `laid` floats.
+  int64_t (*laid)(const Weights&);
+  void (*lay)(const Weights&, const float* x, float* out);
+  void (*dots)(const Weights&, const float* laid, const int32_t* index, int64_t count, float* out, float* scratch);
+  int64_t (*dots_scratch)(const Weights&);
+  // Of several: out[token * stride + at], x [tokens, columns] as it is.
+  void (*cross)(const Weights&, const float* x, int64_t tokens, const int32_t* index, int64_t count, float* out,
+                int64_t stride, float* scratch);
+  int64_t (*cross_scratch)(int64_t tokens);
   // To float and back.
   void (*widen)(Type, const void*, float*, int64_t);
   void (*narrow)(Type, const float*, void*, int64_t);

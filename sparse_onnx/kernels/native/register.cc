@@ -1,4 +1,5 @@
-// The operators for ONNX Runtime: ThresholdedLinear and ThresholdedLinearNBits of the domain sparse_onnx.
+// The operators for ONNX Runtime, of the domain sparse_onnx: ThresholdedLinear and ThresholdedLinearNBits, and what
+// gated.cc adds.
 //
 //   Y = S(X - centre) W + folded_bias        S(v) = v where |v| > tau, else 0
 //
@@ -7,6 +8,7 @@
 #include <cstring>
 #include <exception>
 
+#include "operators.h"
 #include "product.h"
 
 using namespace sparse_onnx;
@@ -40,9 +42,13 @@ void linear(ort::KernelContext* context, Type type, Type weight_type) {
   level().narrow(type, sums.get(), y, tokens * outputs);
 }
 
+const Signature kLinear{"ThresholdedLinear", 5, [](size_t) { return false; }, linear};
+const Signature kLinearNBits{"ThresholdedLinearNBits", 7, [](size_t at) { return at == 1 || at == 3; }, linear};
+
 // One operator for one pair of types; ONNX Runtime merges those of one name.
 struct Operator : ort::CustomOp {
   Type type, weight_type;
+  const Signature* is;
 };
 
 const Operator& own(const ort::CustomOp* op) { return *static_cast<const Operator*>(op); }
@@ -59,19 +65,16 @@ ort::ElementType element(Type type) {
   }
 }
 
-Operator make(Type type, Type weight_type) {
+Operator make(const Signature& is, Type type, Type weight_type) {
   Operator op;
   std::memset(static_cast<void*>(&op), 0, sizeof op);
   op.version = ort::kApiVersion;
-  op.type = type, op.weight_type = weight_type;
-  op.GetName = [](const ort::CustomOp* op) {
-    return own(op).weight_type >= Type::I8 ? "ThresholdedLinearNBits" : "ThresholdedLinear";
-  };
+  op.type = type, op.weight_type = weight_type, op.is = &is;
+  op.GetName = [](const ort::CustomOp* op) { return own(op).is->name; };
   op.GetExecutionProviderType = [](const ort::CustomOp*) { return "CPUExecutionProvider"; };
-  op.GetInputTypeCount = [](const ort::CustomOp* op) -> size_t { return own(op).weight_type >= Type::I8 ? 7 : 5; };
+  op.GetInputTypeCount = [](const ort::CustomOp* op) { return own(op).is->inputs; };
   op.GetInputType = [](const ort::CustomOp* op, size_t index) {
-    const bool packed = own(op).weight_type >= Type::I8;
-    return element(index == 1 || (packed && index == 3) ? own(op).weight_type : own(op).type);
+    return element(own(op).is->stored(index) ? own(op).weight_type : own(op).type);
   };
   op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
   op.GetOutputType = [](const ort::CustomOp* op, size_t) { return element(own(op).type); };
@@ -89,7 +92,7 @@ Operator make(Type type, Type weight_type) {
   op.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) -> ort::Status* {
     const Operator& op = *static_cast<const Operator*>(kernel);
     try {
-      linear(context, op.type, op.weight_type);
+      op.is->compute(context, op.type, op.weight_type);
     } catch (const Failed& failed) {
       return failed.status;
     } catch (const std::exception& error) {
@@ -116,8 +119,9 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
     api = found;
     static std::vector<Operator> operators;
     for (Type type : {Type::F32, Type::F16, Type::BF16}) {
-      operators.push_back(make(type, type));
-      for (Type weight : {Type::I8, Type::U8, Type::I4, Type::U4}) operators.push_back(make(type, weight));
+      for (const Signature* is : {&kLinear, &kGatedMLP}) operators.push_back(make(*is, type, type));
+      for (const Signature* is : {&kLinearNBits, &kGatedMLPNBits})
+        for (Type weight : {Type::I8, Type::U8, Type::I4, Type::U4}) operators.push_back(make(*is, type, weight));
     }
     if (ort::Status* status = ort::entry<ort::Status*(const char*, ort::CustomOpDomain**)>(
             api, ort::kCreateCustomOpDomain)("sparse_onnx", &domain))

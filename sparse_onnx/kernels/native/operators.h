@@ -1,0 +1,19 @@
+// An operator for ONNX Runtime: what it is called, what it reads, and what computes it.
+#pragma once
+
+#include "call.h"
+#include "linear.h"
+
+namespace sparse_onnx {
+
+struct Signature {
+  const char* name;
+  size_t inputs;
+  bool (*stored)(size_t index);  // whether an input is of the weights' type
+  void (*compute)(ort::KernelContext*, Type type, Type weight_type);
+};
+
+// Of numbers, and of integers with scales and zero points.
+extern const Signature kGatedMLP, kGatedMLPNBits;
+
+}  // namespace sparse_onnx

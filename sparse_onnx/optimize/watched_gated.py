@@ -1,0 +1,127 @@
+"""Gated layers while the model runs: whether they compute what numpy does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.blocks.quantized import Quantized
+from sparse_onnx.blocks.thresholded_gated import GATED, gated_reference, is_gated
+from sparse_onnx.core.errors import VerificationError
+from sparse_onnx.graph.external import read_array
+from sparse_onnx.matching.layers import layer
+from sparse_onnx.matching.values import attribute
+from sparse_onnx.sparsify.record import Acting
+from sparse_onnx.verify.compare import TOLERANCES
+
+#: Relative errors of types whose own rounding moves a value across a threshold.
+COARSE = {"float16": 2e-3, "bfloat16": 1.6e-2}
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def gated_error(
+    item: Acting,
+    values: Mapping[str, ir.Value],
+    gate: np.ndarray,
+    rows: np.ndarray,
+    y: np.ndarray,
+    bound: np.ndarray,
+) -> float:
+    """The largest error of a gated layer, relative to its largest result.
+
+    Args:
+        item: the layer.
+        values: of the model, by name.
+        gate: ``[..., I]``, the activation.
+        rows: ``[..., K]`` that up reads; in the mode `simulate` ``[..., I]``, the product that is masked.
+        y: its result.
+        bound: tau.
+
+    Raises:
+        VerificationError: names the layer.
+    """
+    skipped = np.abs(gate.astype(np.float32)) <= bound.astype(np.float32)
+    held = gated_numbers(item, values)
+    if held is None:
+        down, bias = _masked_numbers(item, values)
+        hidden = np.where(skipped, 0.0, rows.astype(np.float64))
+        expected = hidden @ down.astype(np.float64) + bias.astype(np.float64)
+        units = rows.astype(np.float64)
+    else:
+        up, up_bias, down, bias = held
+        expected = gated_reference(gate, rows, up, up_bias, down, bound, bias)
+        units = rows.astype(np.float64) @ up.astype(np.float64).T + up_bias.astype(np.float64)
+        units *= gate.astype(np.float64)
+    scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0)) or 1.0
+    gap = np.abs(y.astype(np.float64) - expected) if y.shape == expected.shape else np.zeros(1)
+    name = gate.dtype.name
+    if name in COARSE:
+        size = np.abs(gate.astype(np.float32))
+        near = np.abs(size - bound.astype(np.float32)) <= COARSE[name] * np.maximum(size, 1e-6)
+        gap = gap - np.where(near, np.abs(units), 0) @ np.abs(down.astype(np.float64))
+    return judged(item, y, expected, gap / scale)
+
+
+def judged(item: Acting, y: np.ndarray, expected: np.ndarray, gap: np.ndarray) -> float:
+    """The largest of the relative errors `gap` of a layer.
+
+    Raises:
+        VerificationError: it is more than the type accounts for, or shapes or what is finite differ.
+    """
+    if y.shape != expected.shape or not np.array_equal(np.isfinite(y), np.isfinite(expected)):
+        raise VerificationError(f"layer '{item.layer}' differs from numpy in shape, or in what is finite")
+    error = float(np.nan_to_num(np.maximum(gap, 0)).max(initial=0.0))
+    if error > TOLERANCES.get(y.dtype.name, 1e-4):
+        raise VerificationError(
+            f"thresholded layer '{item.layer}' differs from numpy: relative error {error:.2g}",
+            "nothing was written; please report it, this is a fault of sparse-onnx",
+        )
+    return error
+
+
+def gated_numbers(item: Acting, values: Mapping[str, ir.Value]) -> Arrays | None:
+    """up ``[I, K]``, its bias, down ``[I, N]`` and its bias, as the model holds them; None in the mode `simulate`."""
+    node = values[item.layer].producer()
+    assert node is not None
+    if not is_gated(node):
+        if not item.up:
+            return None
+        up, up_bias, down, bias = (
+            _array(values[name].const_value) for name in (item.up, item.up_bias, item.weight, item.folded)
+        )
+        return up, up_bias, down, bias
+    tensors = [None if value is None else value.const_value for value in node.inputs[2:]]
+    if node.op_type == GATED:
+        up, up_bias, down, _, bias = tensors
+        return _array(up), _array(up_bias), _array(down), _array(bias)
+    sizes = {name: attribute(node, name) for name in node.attributes}
+    first, second = (
+        stored_numbers(tensors[at : at + 3], sizes[f"{name}_axis"], sizes[f"{name}_block_size"])
+        for at, name in ((0, "up"), (4, "down"))
+    )
+    return first, _array(tensors[3]), second, _array(tensors[8])
+
+
+def stored_numbers(tensors: Sequence[ir.TensorProtocol | None], axis: int, block: int) -> np.ndarray:
+    """Integers, their scales and zero points as numbers."""
+    data, scale, zero = tensors
+    assert data is not None and scale is not None
+    return Quantized(data, scale, zero, axis, block, scale.dtype).dequantized()
+
+
+def _masked_numbers(item: Acting, values: Mapping[str, ir.Value]) -> tuple[np.ndarray, np.ndarray]:
+    node = values[item.layer].producer()
+    found = None if node is None else layer(node)
+    assert found is not None
+    bias = np.zeros(found.weight.outputs)
+    if found.bias is not None and found.bias.const_value is not None:
+        bias = read_array(found.bias.const_value).reshape(-1)
+    return found.weight.numbers(), bias
+
+
+def _array(tensor: ir.TensorProtocol | None) -> np.ndarray:
+    assert tensor is not None
+    return read_array(tensor)
