@@ -34,12 +34,6 @@ float* scratch(int64_t floats) {
   return room.get();
 }
 
-// Parts that `bytes` of weights are worth.
-int64_t parts_of(int64_t bytes) {
-  static const int64_t processors = std::max(1u, std::thread::hardware_concurrency());
-  return std::max<int64_t>(1, std::min(processors, bytes / kEachThread));
-}
-
 // work(first, last) for all columns.
 template <class F>
 void by_columns(ort::KernelContext* context, int64_t columns, int64_t part, F&& work) {
@@ -49,6 +43,11 @@ void by_columns(ort::KernelContext* context, int64_t columns, int64_t part, F&& 
 }
 
 }  // namespace
+
+int64_t parts_of(const Weights& w, int64_t rows) {
+  static const int64_t processors = std::max(1u, std::thread::hardware_concurrency());
+  return std::max<int64_t>(1, std::min(processors, rows * w.columns * bits(w.type) / 8 / kEachThread));
+}
 
 Wide::Wide(Type type, const void* data, int64_t count)
     : room_(type == Type::F32 ? 0 : count), at_(static_cast<const float*>(data)) {
@@ -66,7 +65,7 @@ Bounds::Bounds(Type type, const Tensor& tau_tensor, const Tensor& centre_tensor,
 
 void product(ort::KernelContext* context, const Weights& w, const Kept& kept, const float* bias, float* y) {
   const Level& best = level();
-  const int64_t most = parts_of(kept.count * w.columns * bits(w.type) / 8);
+  const int64_t most = parts_of(w, kept.count);
   // The sums of all parts but one are written and read again: 8 bytes a column, of which rows read 20 times as many.
   const int64_t worth = 1 + kept.count * bits(w.type) / (8 * 8 * 20);
   const int64_t by_rows = std::min({most, kept.count / kLeastRows, worth});
