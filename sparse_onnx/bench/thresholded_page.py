@@ -109,11 +109,10 @@ def markdown(document: dict[str, Any]) -> str:
     cells = [(cell, [Row(**row) for row in cell["rows"]]) for cell in _cells(document)]
     groups: dict[tuple[int, ...], list[tuple[dict[str, Any], list[Row]]]] = {}
     for cell, rows in cells:
+        key: tuple[int, ...] = (cell["tokens"], cell["inputs"], cell["outputs"], cell["threads"])
         if all(len(row.ms) == 1 for row in rows):
-            groups.setdefault((cell["tokens"],), []).append((cell, rows))
-        else:
-            key = (cell["tokens"], cell["inputs"], cell["outputs"], cell["threads"])
-            groups.setdefault(key, []).append((cell, rows))
+            key = key[:1]
+        groups.setdefault(key, []).append((cell, rows))
     for key, members in groups.items():
         lines += ["", _title(key), "", _many(members) if len(key) == 1 else _few(members)]
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -34,7 +35,13 @@ def model(accuracy: int = 4, bits: int = 8) -> onnx.ModelProto:
             codes = rng.integers(0, 256, (n, k // BLOCK, BLOCK * bits // 8)).astype(np.uint8)
             scales = (rng.uniform(1, 2, (n, k // BLOCK)) / 2.0**bits / np.sqrt(k) * 4).astype(np.float32)
             stored += [numpy_helper.from_array(codes, f"{p}.q"), numpy_helper.from_array(scales, f"{p}.s")]
-            attributes = {"K": k, "N": n, "bits": bits, "block_size": BLOCK, "accuracy_level": accuracy}
+            attributes: dict[str, Any] = {
+                "K": k,
+                "N": n,
+                "bits": bits,
+                "block_size": BLOCK,
+                "accuracy_level": accuracy,
+            }
             node = helper.make_node(
                 "MatMulNBits",
                 [value, f"{p}.q", f"{p}.s"],
@@ -64,7 +71,7 @@ def model(accuracy: int = 4, bits: int = 8) -> onnx.ModelProto:
         helper.make_node("MatMul", [x, "float.weight"], ["f"], name="float"),
         helper.make_node("Add", [x, "f"], ["y"], name="last"),
     ]
-    shape = ["T", WIDTH]
+    shape: list[str | int | None] = ["T", WIDTH]
     graph = helper.make_graph(
         nodes,
         "rounded",
@@ -87,7 +94,7 @@ def made(folder: Path, **options: int) -> Path:
     return path
 
 
-def optimized(source: Path, out: str, **options: object) -> object:
+def optimized(source: Path, out: str, **options: Any) -> Any:
     return sparse_onnx.optimize(
         source,
         source.parent / out,
@@ -136,7 +143,10 @@ def test_what_it_costs_is_one_copy(tmp_path: Path) -> None:
     optimized(source, "plain.onnx")
     optimized(source, "copy.onnx", prefill="copy", weights="copy")
     held = [
-        sum(value.const_value.nbytes for value in io.load(tmp_path / name).graph.initializers.values())
+        sum(
+            0 if value.const_value is None else value.const_value.nbytes
+            for value in io.load(tmp_path / name).graph.initializers.values()
+        )
         for name in ("plain.onnx", "copy.onnx")
     ]
     weights = 4 * WIDTH * INNER
