@@ -11,7 +11,14 @@ from rich.console import Console
 from sparse_onnx.cli.grouped import folded_name, refusal_lines
 from sparse_onnx.cli.render import line, table
 from sparse_onnx.cli.text import size
-from sparse_onnx.core.calibration import CENTRES, SPARSITIES, BlockRecord, Calibration, SiteRecord
+from sparse_onnx.core.calibration import (
+    CENTRES,
+    SPARSITIES,
+    BlockRecord,
+    Calibration,
+    GatedRecord,
+    SiteRecord,
+)
 
 #: Sparsities whose errors are shown.
 _SHOWN = (0.25, 0.5, 0.7)
@@ -29,6 +36,8 @@ def render(found: Calibration, out: Console, *, verbose: bool = False) -> None:
     )
     if found.layers:
         _layers(out, found.layers, verbose)
+    if found.gated:
+        _gated(out, found.gated, verbose)
     if found.blocks:
         _blocks(out, found.blocks)
     _natural_zeros(out, found)
@@ -66,6 +75,31 @@ def _row(group: Sequence[SiteRecord]) -> list[str]:
         max(CENTRES, key=centres.count),
         *(f"{statistics.fmean(best_error(layer, share)[1] for layer in group):.3f}" for share in _SHOWN),
     ]
+
+
+def _gated(out: Console, layers: Sequence[GatedRecord], verbose: bool) -> None:
+    groups: dict[str, list[GatedRecord]] = {}
+    for layer in layers:
+        key = layer.name if verbose else re.sub(r"\d+", "#", layer.name)
+        groups.setdefault(f"{key} {layer.rows}", []).append(layer)
+    rows = []
+    for group in groups.values():
+        errors = [
+            statistics.fmean(layer.errors["zero"][SPARSITIES.index(share)] for layer in group)
+            for share in _SHOWN
+        ]
+        rows.append(
+            [
+                folded_name([layer.name for layer in group]) + (f" x {len(group)}" if len(group) > 1 else ""),
+                str(group[0].rows),
+                size(sum(layer.bytes for layer in group)),
+                f"{statistics.fmean(layer.zeros for layer in group):.1%}",
+                *(f"{error:.3f}" for error in errors),
+            ]
+        )
+    shown = [f"error at {share:.0%}" for share in _SHOWN]
+    columns = ["gated layer", "units", "up and down", "zeros", *shown]
+    table(out, columns, rows, right=columns[1:])
 
 
 def best_error(layer: SiteRecord, share: float) -> tuple[str, float]:

@@ -99,11 +99,9 @@ def _gated(down: Layer, known: Mapping[int, Layer], names: Mapping[ir.Node, str]
     if mul is None:
         return None
     sides = [(a, u, own) for a, u in pairs(mul) if (own := _result(u, known)) is not None]
-    if not sides:
-        return None
     expert = read_expert(down.output, lambda value: _linear(value, known))
     if isinstance(expert, str):
-        return f"no gate is found in front of it: {expert}"
+        return f"no gate is found in front of it: {expert}" if sides else None
     kind = expert.kind
     if kind.gate_layout is not GateLayout.SEPARATE:
         return "its gate and up are halves of one matrix" if kind.gate_layout is not GateLayout.NONE else None

@@ -96,7 +96,7 @@ def optimize(
         budget: the quality that thresholds must keep, as `perplexity<=2%`; see `optimize.quality`.
         sparsity: or the share of the bytes of linear weights that they are to skip.
         eval_data: files that calibration has not seen, which quality and sparsity are measured on.
-        method: of the thresholds: `scap`, `teal`, `topk` or `relu`.
+        method: of the thresholds: `scap`, `teal`, `topk`, `relu` or `cats`.
         allocation: over layers: `greedy` by error for bytes, or `uniform`.
         threshold_mode: `native`, `gather` or `simulate`.
         dense_first: so many first positions, and all of prefill, skip nothing; None: every token skips.

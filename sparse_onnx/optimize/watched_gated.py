@@ -95,8 +95,7 @@ def gated_numbers(item: Acting, values: Mapping[str, ir.Value]) -> Arrays | None
         return up, up_bias, down, bias
     tensors = [None if value is None else value.const_value for value in node.inputs[2:]]
     if node.op_type == GATED:
-        up, up_bias, down, _, bias = tensors
-        return _array(up), _array(up_bias), _array(down), _array(bias)
+        return _array(tensors[0]), _array(tensors[1]), _array(tensors[2]), _array(tensors[4])
     sizes = {name: attribute(node, name) for name in node.attributes}
     first, second = (
         stored_numbers(tensors[at : at + 3], sizes[f"{name}_axis"], sizes[f"{name}_block_size"])

@@ -52,7 +52,7 @@ class Costs:
     """What the sites of a model read and lose. `reads` are bytes of weights for one token, experts that it is not sent
     to left out; `total` those of all linear layers, of which shares are given."""
 
-    sites: tuple[SiteRecord, ...] | tuple[GatedRecord, ...]
+    sites: tuple[SiteRecord | GatedRecord, ...]
     reads: tuple[float, ...]
     total: float
 

@@ -61,7 +61,7 @@ class GatedExperts(ExpertWeights):
         a.dtype, a.shape = block.dtype, ir.Shape([None, block.inner])
         if threshold.mode == "simulate":
             h = emit.op("Mul", a, self.linear(emit, "up", expert, rows))
-            h.dtype, h.shape = a.dtype, a.shape
+            h.type, h.shape = a.type, a.shape
             result = self.linear(emit, "down", expert, emit_masked_product(emit, a, h, threshold))
             nbytes = sum(expert_weight(block, role, expert).nbytes for role in ("up", "down"))
             bound = threshold.bound.name or ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -80,9 +81,9 @@ def _half(emit: Emitter, block: MoEBlock, source: ir.Value, role: str, at: int) 
         assert value is not None and held is not None
         own = len(held.shape) == 3 or (held.size > 1 and quantized.axis == axis)
         parts.append(_cut(emit.names, value, role, axis if len(held.shape) == 3 else 0, at) if own else value)
-    attributes = {name: item.as_int() for name, item in node.attributes.items()}
+    attributes: dict[str, Any] = {name: item.as_int() for name, item in node.attributes.items()}
     result = emit.op("DequantizeLinear", *parts, **attributes)
-    result.dtype, result.shape = source.dtype, parts[0].shape
+    result.type, result.shape = source.type, parts[0].shape
     return result
 
 

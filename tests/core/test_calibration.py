@@ -18,6 +18,7 @@ from sparse_onnx.core.calibration import (
     BlockRecord,
     Calibration,
     DataRecord,
+    GatedRecord,
     SiteRecord,
     ZerosRecord,
 )
@@ -41,6 +42,18 @@ SITE = SiteRecord(
     quantiles={centre: tuple(at / 100 for at in range(101)) for centre in CENTRES},
     errors={centre: tuple(at / 20 for at in range(20)) for centre in CENTRES},
 )
+GATED = GatedRecord(
+    name="layers.0.mlp.gated",
+    block="layers.0.mlp",
+    weights=("fc1", "fc2"),
+    activation=None,
+    rows=6,
+    bytes=216,
+    tokens=7,
+    zeros=0.5,
+    quantiles={"zero": tuple(at / 50 for at in range(101))},
+    errors={"zero": tuple(at / 10 for at in range(20))},
+)
 BLOCK = BlockRecord(
     name="layers.0.mlp",
     experts=2,
@@ -62,6 +75,7 @@ WHOLE = Calibration(
     activations=(ZerosRecord("relu", "Relu", 100, 0.5),),
     refusals=(Refusal("an output head", "lm_head", "", "sites"),),
     notes=("a note",),
+    gated=(GATED, dataclasses.replace(GATED, name="mlp", block="", activation="silu")),
 )
 
 
@@ -75,6 +89,18 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert read_calibration(written(tmp_path, WHOLE.dumps())) == WHOLE
     assert json.loads(WHOLE.dumps())["layers"][0]["rows"] == 3
     assert WHOLE.dumps() == WHOLE.dumps() and len(WHOLE.dumps().splitlines()) < 30
+
+
+def test_files_of_the_first_schema_have_no_gated_layers(tmp_path: Path) -> None:
+    data = json.loads(WHOLE.dumps()) | {"schema": 1}
+    del data["gated"]
+    assert read_calibration(written(tmp_path, json.dumps(data))) == dataclasses.replace(WHOLE, gated=())
+
+
+def test_a_gate_has_one_centre() -> None:
+    assert GATED.centre("zero") == 0.0
+    with pytest.raises(ValueError, match="no centre 'median'"):
+        GATED.centre("median")
 
 
 def test_a_centre_is_a_number_or_one_a_channel() -> None:
@@ -102,7 +128,8 @@ TEXTS = {
     "infinity": (WHOLE.dumps().replace("-0.125", "-Infinity"), "'-Infinity' is not a number"),
     "too large a number": (WHOLE.dumps().replace("-0.125", "1e400"), "layers[0].mean' is no finite number"),
     "a report": ('{"schema": 1, "command": "inspect"}', "schema 1 of 'inspect'"),
-    "another schema": (WHOLE.dumps().replace('"schema": 1', '"schema": 2'), "schema 2"),
+    "another schema": (WHOLE.dumps().replace('"schema": 2', '"schema": 3'), "schema 3"),
+    "a truth for a schema": (WHOLE.dumps().replace('"schema": 2', '"schema": true'), "schema True"),
 }
 
 
@@ -140,6 +167,17 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "loads of other experts": (lambda d: d["blocks"][0]["loads"].append(1), "has 3 entries, not 2"),
     "an unused expert that is none": (lambda d: d["blocks"][0].__setitem__("unused", [2]), "above 1"),
     "a ragged matrix": (lambda d: d["blocks"][0]["coactivation"][1].pop(), "has 1 entries, not 2"),
+    "no gated layers": (lambda d: d.pop("gated"), "'gated' is missing"),
+    "a gated layer twice": (lambda d: d["gated"].append(d["gated"][0]), "'gated' has a name twice"),
+    "a gate's quantiles fall": (lambda d: d["gated"][0]["quantiles"]["zero"].reverse(), "falls"),
+    "a gate's sizes below zero": (
+        lambda d: d["gated"][0]["quantiles"]["zero"].__setitem__(0, -1),
+        "gated[0].quantiles.zero' has an entry below 0",
+    ),
+    "a gate's errors are few": (lambda d: d["gated"][1]["errors"]["zero"].pop(), "19 entries, not 20"),
+    "a gate of no matrices": (lambda d: d["gated"][0].__setitem__("weights", []), "is empty"),
+    "a gate of no units": (lambda d: d["gated"][0].__setitem__("rows", 0), "is 0, below 1"),
+    "a gate of another block": (lambda d: d["gated"][0].__setitem__("block", "x"), "not there: 'x'"),
     "a layer that is not there": (lambda d: d["blocks"][0].__setitem__("layers", ["x"]), "not there: 'x'"),
 }
 

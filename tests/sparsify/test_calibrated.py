@@ -7,7 +7,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sparse_onnx.core.calibration import CENTRES, SPARSITIES, BlockRecord, Calibration, DataRecord, SiteRecord
+from sparse_onnx.core.calibration import (
+    CENTRES,
+    SPARSITIES,
+    BlockRecord,
+    Calibration,
+    DataRecord,
+    GatedRecord,
+    SiteRecord,
+)
 from sparse_onnx.core.errors import ImpossibleError, UsageError
 from sparse_onnx.sparsify.calibrated import Costs, make_plan, skipped
 from sparse_onnx.sparsify.plan import Plan
@@ -121,3 +129,42 @@ def test_more_than_there_is() -> None:
         make_plan(document(site("a")), sparsity=0.97)
     with pytest.raises(ImpossibleError, match="no layer"):
         make_plan(document(), sparsity=0.3)
+
+
+def gate(name: str, nbytes: int, block: str = "", zeros: float = 0.0) -> GatedRecord:
+    quantiles = tuple(np.maximum(0, np.linspace(0, 3, 101) - 3 * zeros).tolist())
+    errors = tuple((STEPS**2).tolist())
+    return GatedRecord(
+        name, block, ("g", "u", "d"), "a", 8, nbytes, 100, zeros, {"zero": quantiles}, {"zero": errors}
+    )
+
+
+def test_gates_decide_over_up_and_down_and_shares_are_of_all_layers() -> None:
+    block = BlockRecord(
+        "moe", 4, 2, 10, (5, 5, 5, 5), 0, (), None, tuple([0.0] * 101), ("moe.up", "moe.down")
+    )
+    sites = (site("gate+up", 2000), site("down", 1000), site("moe.up", 8000), site("moe.down", 4000))
+    calibration = dataclasses.replace(
+        document(*sites, blocks=(block,)), gated=(gate("mlp", 2000), gate("moe.gated", 8000, "moe"))
+    )
+    costs = Costs.of(calibration, "cats")
+    assert costs.reads == (2000, 4000) and costs.total == 3000 + 6000, "a token goes to half of the experts"
+    for sparsity in (0.2, 0.5):
+        plan = make_plan(calibration, sparsity=sparsity, method="cats", allocation="uniform")
+        assert plan.gated and set(plan.sites) == {"mlp", "moe.gated"}
+        own = skipped(costs, dict(plan.sites), plan.least)[plan.level]
+        assert sparsity <= own < sparsity + 0.01
+        for each in plan.sites.values():
+            assert each.table[0] == -1 and (np.diff(each.table) >= 0).all() and each.centring == "zero"
+            assert each.sparsity[plan.level] == pytest.approx(sparsity * 9000 / 6000, abs=0.01)
+    with pytest.raises(ImpossibleError, match="63% at most"):
+        make_plan(calibration, sparsity=0.8, method="cats")
+    with pytest.raises(ImpossibleError, match="no gated layer"):
+        make_plan(document(*sites), sparsity=0.2, method="cats")
+    assert not make_plan(calibration, sparsity=0.2).gated
+
+
+def test_gates_that_are_zero_by_themselves_count() -> None:
+    calibration = dataclasses.replace(document(site("s", 3000)), gated=(gate("mlp", 2000, zeros=0.6),))
+    plan = make_plan(calibration, sparsity=0.1, method="cats")
+    assert plan.sites["mlp"].sparsity[plan.level] == 0.6 and plan.sites["mlp"].table[plan.level] == 0

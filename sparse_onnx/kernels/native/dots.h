@@ -136,6 +136,7 @@ constexpr int kAcross = 2;
 #endif
 constexpr int kDown = 4;
 constexpr int kRows = 16;  // rows of weights that are numbers at a time
+constexpr int kFew = 8;    // tokens up to which reading weights takes the time: fewer rows side by side are read faster
 
 // The sums of kLanes vectors, one a lane.
 INLINE Floats totals(Floats* vectors) {
@@ -151,13 +152,12 @@ INLINE Floats totals(Floats* vectors) {
 }
 
 template <int kCount>
-INLINE void cross_tile(const float* weights, const float* x, int64_t stride, int64_t depth, float* sums, int64_t step) {
+INLINE void cross_tile(const float* weights, const float* x, int64_t depth, float* sums) {
   Floats sum[kCount][kDown] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= depth; k += kLanes) {
+  for (int64_t k = 0; k < depth; k += kLanes) {
     Floats own[kCount];
 #pragma GCC unroll 4
-    for (int t = 0; t < kCount; ++t) own[t] = load<Floats>(x + t * stride + k);
+    for (int t = 0; t < kCount; ++t) own[t] = load<Floats>(x + t * kStrip + k);
 #pragma GCC unroll 4
     for (int r = 0; r < kDown; ++r) {
       Floats row = load<Floats>(weights + r * kStrip + k);
@@ -178,40 +178,50 @@ INLINE void cross_tile(const float* weights, const float* x, int64_t stride, int
     for (int at = 0; at < kCount * kDown; ++at) found[at] = total(apart[at]);
   }
   for (int t = 0; t < kCount; ++t)
-    for (int r = 0; r < kDown; ++r) {
-      float rest = found[t * kDown + r];
-      for (int64_t at = k; at < depth; ++at) rest += weights[r * kStrip + at] * x[t * stride + at];
-      sums[t * step + r] += rest;
-    }
+    for (int r = 0; r < kDown; ++r) sums[t * kRows + r] += found[t * kDown + r];
 }
 
 int64_t cross_scratch(int64_t tokens) { return kRows * kStrip + kRows * tokens; }
 
-// out[token * stride + at] = the row index[at] of W times row `token` of x [tokens, columns], plain.
-void cross(const Weights& w, const float* x, int64_t tokens, const int32_t* index, int64_t count, float* out,
-           int64_t stride, float* scratch) {
+// out[token * stride + at] = the row index[at] of W times x, which is in parts of kStrip columns, [parts, tokens, kStrip]
+// with zeros behind the last: rows of x a power of two apart would push each other out of the cache.
+template <class R>
+void cross_by(const Weights& w, const float* x, int64_t tokens, const int32_t* index, int64_t count, float* out,
+              int64_t stride, float* scratch) {
   float *rows = scratch, *sums = scratch + kRows * kStrip;
-  for (int64_t at = 0; at < count; at += kRows) {
-    const int64_t some = least(kRows, count - at);
+  const int64_t group = tokens <= kFew ? kDown : kRows, length = w.columns * R::bits / 8;
+  for (int64_t at = 0; at < count; at += group) {
+    const int64_t some = least(group, count - at), whole = (some + kDown - 1) / kDown * kDown;
     std::memset(sums, 0, kRows * tokens * sizeof(float));
     for (int64_t first = 0; first < w.columns; first += kStrip) {
-      const int64_t last = least(first + kStrip, w.columns);
-      for (int64_t r = 0; r < kRows; ++r) {
-        if (r < some) numbers_of(w, index[at + r], first, last, rows + r * kStrip);
-        else if (r < (some + kDown - 1) / kDown * kDown) std::memset(rows + r * kStrip, 0, kStrip * sizeof(float));
+      const int64_t last = least(first + kStrip, w.columns), depth = (last - first + kLanes - 1) / kLanes * kLanes;
+      for (int64_t r = 0; r < whole; ++r) {
+        float* to = rows + r * kStrip;
+        const int64_t real = r < some ? last - first : 0;
+        if (real) numbers_of(w, index[at + r], first, last, to);
+        std::memset(to + real, 0, (depth - real) * sizeof(float));
+        if (at + group + r >= count) continue;
+        const uint8_t* next = (const uint8_t*)w.data + index[at + group + r] * length;
+        for (int64_t line = first * R::bits / 8; line < last * R::bits / 8; line += 64)
+          __builtin_prefetch(next + line, 0, 2);
       }
+      const float* part = x + first * tokens;
       for (int64_t t = 0; t < tokens; t += kAcross)
         for (int64_t r = 0; r < some; r += kDown) {
-          const float *left = rows + r * kStrip, *right = x + t * w.columns + first;
-          float* to = sums + t * kRows + r;
+          const float* left = rows + r * kStrip;
           if (tokens - t >= kAcross)
-            cross_tile<kAcross>(left, right, w.columns, last - first, to, kRows);
+            cross_tile<kAcross>(left, part + t * kStrip, depth, sums + t * kRows + r);
           else
-            for (int64_t one = t; one < tokens; ++one)
-              cross_tile<1>(left, x + one * w.columns + first, w.columns, last - first, sums + one * kRows + r, kRows);
+            for (int64_t own = t; own < tokens; ++own)
+              cross_tile<1>(left, part + own * kStrip, depth, sums + own * kRows + r);
         }
     }
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t r = 0; r < some; ++r) out[t * stride + at + r] = sums[t * kRows + r];
   }
+}
+
+void cross(const Weights& w, const float* x, int64_t tokens, const int32_t* index, int64_t count, float* out,
+           int64_t stride, float* scratch) {
+  by_type(w.type, [&](auto reader) { cross_by<decltype(reader)>(w, x, tokens, index, count, out, stride, scratch); });
 }

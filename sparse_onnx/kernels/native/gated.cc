@@ -66,21 +66,35 @@ void several(ort::KernelContext* context, const Layer& layer, const float* gate,
     for (int64_t k = 0; k < up.rows; ++k)
       if (used[k]) index[count++] = (int32_t)k;
   }
-  Room ups(tokens * count), hidden(tokens * up.rows);
+  const int64_t strip = best.strip, strips = (up.columns + strip - 1) / strip;
+  Room ups(tokens * count), hidden(tokens * up.rows), parts(strips * tokens * strip);
+  parallel(context, strips, [&](int64_t at) {
+    const int64_t some = std::min(strip, up.columns - at * strip);
+    for (int64_t token = 0; token < tokens; ++token) {
+      float* to = parts.get() + (at * tokens + token) * strip;
+      std::copy_n(x + token * up.columns + at * strip, some, to);
+      std::fill(to + some, to + strip, 0.0f);
+    }
+  });
   const int64_t part = tokens * count * up.columns >= kAlone ? kPart : std::max<int64_t>(1, count);
   parallel(context, (count + part - 1) / part, [&](int64_t at) {
     const int64_t begin = at * part, end = std::min(count, begin + part);
-    best.cross(up, x, tokens, index.get() + begin, end - begin, ups.get() + begin, count,
+    best.cross(up, parts.get(), tokens, index.get() + begin, end - begin, ups.get() + begin, count,
                scratch(best.cross_scratch(tokens)));
   });
-  std::fill(hidden.get(), hidden.get() + tokens * up.rows, 0.0f);
-  for (int64_t token = 0; token < tokens; ++token)
-    for (int64_t at = 0; at < count; ++at) {
-      const int64_t k = index[at];
-      const float own = gate[token * up.rows + k];
-      if (!skipped(own, layer.tau))
-        hidden.get()[token * up.rows + k] = own * (ups.get()[token * count + at] + layer.up_bias[k]);
-    }
+  if (count < up.rows) std::fill(hidden.get(), hidden.get() + tokens * up.rows, 0.0f);
+  for (int64_t token = 0; token < tokens; ++token) {
+    const float *own = gate + token * up.rows, *unit = ups.get() + token * count;
+    float* to = hidden.get() + token * up.rows;
+    const auto one = [&](int64_t at, int64_t k) {
+      const float product = own[k] * (unit[at] + layer.up_bias[k]);
+      to[k] = skipped(own[k], layer.tau) ? 0 : product;
+    };
+    if (count == up.rows)
+      for (int64_t k = 0; k < count; ++k) one(k, k);
+    else
+      for (int64_t at = 0; at < count; ++at) one(at, index[at]);
+  }
   const float none = 0;  // what was skipped is zero now
   product(context, layer.down, hidden.get(), tokens, Rule{&none, &none, 0, 0}, layer.bias, y);
 }

@@ -31,7 +31,7 @@ namespace JOIN(level_, LEVEL) {
 
 extern const Level table;
 const Level table{STRING(LEVEL), choose, mask, row, row_scratch, rows, kDepth * kStrip + kBatch * kStrip,
-                  kDepth,        laid,   lay,  dots, dots_scratch, cross,  cross_scratch,
+                  kDepth,        laid,   lay,  dots, dots_scratch, cross,  cross_scratch, kStrip,
                   widen,         narrow};
 
 }  // namespace JOIN(level_, LEVEL)

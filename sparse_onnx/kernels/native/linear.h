@@ -56,10 +56,12 @@ struct Level {
   void (*lay)(const Weights&, const float* x, float* out);
   void (*dots)(const Weights&, const float* laid, const int32_t* index, int64_t count, float* out, float* scratch);
   int64_t (*dots_scratch)(const Weights&);
-  // Of several: out[token * stride + at], x [tokens, columns] as it is.
+  // Of several: out[token * stride + at]; x in parts of `strip` columns, [ceil(columns / strip), tokens, strip], with
+  // zeros behind the last.
   void (*cross)(const Weights&, const float* x, int64_t tokens, const int32_t* index, int64_t count, float* out,
                 int64_t stride, float* scratch);
   int64_t (*cross_scratch)(int64_t tokens);
+  int64_t strip;
   // To float and back.
   void (*widen)(Type, const void*, float*, int64_t);
   void (*narrow)(Type, const float*, void*, int64_t);

@@ -1,0 +1,214 @@
+"""Gated layers that skip units by their gate, in every mode, spelling and type, against numpy."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from dense_layers import prepared
+from gated_models import Net, expected, gated_model, rows
+from harness import run_model
+from onnx import helper, numpy_helper
+
+from sparse_onnx.core.passes import Outcome
+from sparse_onnx.kernels import build
+from sparse_onnx.optimize.watched import EXACT, Dialled, check_layers, measure_skipping
+from sparse_onnx.passes.insert_thresholds import InsertThresholds
+from sparse_onnx.sparsify.gated_sites import gated_sites
+from sparse_onnx.sparsify.plan import MODES, Mode, Plan, SitePlan
+from sparse_onnx.sparsify.record import acting
+from sparse_onnx.targets import session as sessions
+
+LEVEL = "sparsity_level"
+TABLE = np.concatenate([[-1.0], np.linspace(0, 1, 100)])
+
+
+def plan_for(model: ir.Model, mode: Mode, level: int = 50, least: float = 0.0) -> Plan:
+    """Thresholds that are TABLE, plus a tenth a site."""
+    names = [site.name for site in gated_sites(model).found]
+    plans = {
+        name: SitePlan(
+            name, np.zeros(1, np.float32), np.where(TABLE < 0, -1, TABLE + at / 10), (TABLE >= 0) * 0.5
+        )
+        for at, name in enumerate(names)
+    }
+    return Plan(plans, level, mode, False, least, True)
+
+
+def after(model: onnx.ModelProto, mode: Mode) -> tuple[ir.Model, Outcome]:
+    changed = prepared(ir.from_proto(copy.deepcopy(model)))
+    outcome = InsertThresholds(plan_for(changed, mode))(changed)
+    assert isinstance(outcome, Outcome)
+    onnx.checker.check_model(ir.to_proto(changed), full_check=True)
+    return changed, outcome
+
+
+def close(wanted: np.ndarray, actual: np.ndarray, tolerance: float) -> bool:
+    return bool(np.abs(actual.astype(np.float64) - wanted).max() <= tolerance * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "erf", "relu"])
+@pytest.mark.parametrize("spelling", ["matmul", "gemm", "transposed"])
+@pytest.mark.parametrize("biases", [False, True])
+def test_every_mode_is_what_numpy_says(mode: Mode, activation: str, spelling: str, biases: bool) -> None:
+    net = Net(activation=activation, spelling=spelling, biases=biases)
+    model = gated_model(net)
+    changed, outcome = after(model, mode)
+    assert outcome.rewritten == outcome.matched == 2 and outcome.refusals == ()
+    dense = prepared(ir.from_proto(copy.deepcopy(model)))
+    for tokens in (0, 1, 2, 40):
+        feeds = rows(net, tokens, tokens)
+        for level in (0, 1, 50):
+            actual = run_model(changed, feeds | {LEVEL: np.array(level)})[0]
+            taus = [-1.0, -1.0] if not level else [TABLE[level], TABLE[level] + 0.1]
+            assert actual.shape == (tokens, net.width)
+            if tokens:
+                assert close(expected(net, feeds["x"], taus), actual, 3e-6), (tokens, level)
+        if tokens:
+            plain = run_model(dense, feeds)[0]
+            assert close(plain, run_model(changed, feeds | {LEVEL: np.array(0)})[0], 1e-6), "0 is dense"
+            assert not close(plain, run_model(changed, feeds)[0], 1e-2), "the level it was made for is not"
+    reached, error = check_layers(changed, LEVEL, 50, [rows(net, 9)], kernels=False)
+    assert reached == 2 and error < 2e-6
+
+
+def test_the_native_kernels_run_it(tmp_path: Path) -> None:
+    build()
+    changed, _ = after(gated_model(), "native")
+    reached, error = check_layers(changed, LEVEL, 50, [rows(Net(), 1), rows(Net(), 7)], kernels=True)
+    assert reached == 2 and error < 2e-6
+
+
+def test_up_lies_by_unit_and_nothing_is_kept_twice() -> None:
+    for spelling in ("matmul", "gemm", "transposed"):
+        changed, _ = after(gated_model(Net(spelling=spelling)), "native")
+        kinds = [node.op_type for node in changed.graph]
+        assert kinds.count("ThresholdedGatedMLP") == 2
+        assert kinds.count("Gemm" if spelling == "gemm" else "MatMul") == 2, "the gates alone"
+        found = {v.name: tuple(v.shape.numpy()) for v in changed.graph.initializers.values() if v.shape}
+        matrices = [shape for shape in found.values() if len(shape) == 2]
+        gate = (32, 72) if spelling == "matmul" else (72, 32)
+        assert sorted(matrices) == sorted([gate, (72, 32), (72, 32)] * 2 + [(101, 2)])
+
+
+def test_half_precision() -> None:
+    net = Net(dtype="float16", layers=1)
+    for mode in MODES:
+        changed, outcome = after(gated_model(net), mode)
+        assert outcome.rewritten == 1
+        feeds = rows(net, 20)
+        reached, error = check_layers(changed, LEVEL, 50, [feeds], kernels=False)
+        assert reached == 1 and error < 2e-2
+        actual = run_model(changed, feeds | {LEVEL: np.array(0)})[0]
+        assert close(expected(net, feeds["x"], [-1.0]), actual, 1e-2)
+
+
+def test_what_is_no_number_comes_out_as_such() -> None:
+    for mode in MODES:
+        changed, _ = after(gated_model(), mode)
+        feeds = rows(Net(), 3)
+        feeds["x"][1, 5] = np.nan
+        result = run_model(changed, feeds)[0]
+        assert np.isnan(result[1]).all() and np.isfinite(result[[0, 2]]).all()
+
+
+def test_what_is_skipped_is_counted() -> None:
+    net = Net()
+    changed, _ = after(gated_model(net), "native")
+    seen = measure_skipping(changed, LEVEL, 50, [rows(net, 200)])
+    assert len(seen) == 2 and all(0.3 < each.share < 0.95 for each in seen.values() if each.share)
+    none = measure_skipping(changed, LEVEL, 0, [rows(net, 200)])
+    assert {each.share for each in none.values()} == {0.0}
+
+
+def quantized(net: Net, bits: int, op: str) -> onnx.ModelProto:
+    """All products as MatMulNBits, or as MatMul of DequantizeLinear with a scale for each 16 inputs."""
+    model = gated_model(net)
+    kept = {item.name: item for item in model.graph.initializer}
+    rng = np.random.default_rng(3)
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type != "MatMul":
+            nodes.append(node)
+            continue
+        weight = numpy_helper.to_array(kept.pop(node.input[1]))
+        k, n = weight.shape
+        codes = rng.integers(0, 1 << bits, (n, k)).astype(np.uint8)
+        scales = (rng.uniform(0.5, 1, (n, k // 8 if op == "dq" else k // 16)) / 2**bits / np.sqrt(k)).astype(
+            np.float32
+        )
+        name = node.name
+        if op == "nbits":
+            low, high = codes[:, 0::2], codes[:, 1::2]
+            packed = (low | high << 4) if bits == 4 else codes
+            kept[f"{name}.q"] = numpy_helper.from_array(packed.reshape(n, k // 16, -1), f"{name}.q")
+            kept[f"{name}.s"] = numpy_helper.from_array(scales, f"{name}.s")
+            sizes = {"K": k, "N": n, "bits": bits, "block_size": 16}
+            given = [node.input[0], f"{name}.q", f"{name}.s"]
+            nodes.append(
+                helper.make_node(
+                    "MatMulNBits", given, node.output, name=name, domain="com.microsoft", **sizes
+                )
+            )
+            continue
+        data = (codes.T.astype(np.int16) - 128).astype(np.int8)
+        kept[f"{name}.q"] = numpy_helper.from_array(np.ascontiguousarray(data), f"{name}.q")
+        kept[f"{name}.s"] = numpy_helper.from_array(np.ascontiguousarray(scales.T), f"{name}.s")
+        nodes.append(
+            helper.make_node(
+                "DequantizeLinear",
+                [f"{name}.q", f"{name}.s"],
+                [f"{name}.w"],
+                name=f"{name}.dq",
+                axis=0,
+                block_size=8,
+            )
+        )
+        nodes.append(helper.make_node("MatMul", [node.input[0], f"{name}.w"], node.output, name=name))
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(kept.values())
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    model.opset_import[0].version = 21
+    return model
+
+
+@pytest.mark.parametrize(("bits", "op"), [(4, "nbits"), (8, "nbits"), (8, "dq")])
+def test_integers_stay_integers(bits: int, op: str) -> None:
+    build()
+    net = Net(width=32, units=64)
+    model = quantized(net, bits, op)
+    changed, outcome = after(model, "native")
+    assert outcome.rewritten == 2, [refusal.reason for refusal in outcome.refusals]
+    assert [node.op_type for node in changed.graph].count("ThresholdedGatedMLPNBits") == 2
+    dense = prepared(ir.from_proto(copy.deepcopy(model)))
+    feeds = rows(net, 5)
+    for kernels in (False, True):
+        reached, error = check_layers(changed, LEVEL, 50, [feeds], kernels=kernels)
+        assert reached == 2 and error < 3e-6
+    [off] = Dialled(changed, LEVEL)(feeds, 0)  # in which no product rounds activations
+    session = sessions.create_session(dense, entries=EXACT)
+    assert close(sessions.run(session, feeds)[0], off, 1e-5)
+    _, gathered = after(model, "gather")
+    assert gathered.rewritten == 0 and "not gathered" in gathered.refusals[0].reason
+
+
+def test_a_layer_that_skips_too_little_stays_dense() -> None:
+    model = prepared(ir.from_proto(gated_model()))
+    plan = plan_for(model, "native", least=0.6)
+    outcome = InsertThresholds(plan)(model)
+    assert not outcome.modified and "does not pay" in outcome.refusals[0].reason and not acting(model)
+
+
+def test_a_second_time_is_refused_and_the_bytes_are_the_same() -> None:
+    first, second = (after(gated_model(), "native")[0] for _ in range(2))
+    texts = [ir.to_proto(each).SerializeToString(deterministic=True) for each in (first, second)]
+    assert texts[0] == texts[1]
+    plan = plan_for(prepared(ir.from_proto(gated_model())), "native")
+    outcome = InsertThresholds(plan)(first)
+    assert not outcome.modified and "already" in outcome.refusals[0].reason
