@@ -31,9 +31,9 @@ def dense_gated(index: int, inputs: int, units: int) -> Part:
     nodes, constants = _gate(index, inputs, units)
     up, down, u, h = (f"{name}{index}" for name in ("up", "down", "u", "h"))
     nodes += [
-        helper.make_node("MatMul", ["X", up], [u]),
+        helper.make_node("MatMul", ["x", up], [u]),
         helper.make_node("Mul", [f"a{index}", u], [h]),
-        helper.make_node("MatMul", [h, down], [f"Y{index}"]),
+        helper.make_node("MatMul", [h, down], [f"y{index}"]),
     ]
     return nodes, [
         *constants,
@@ -45,8 +45,8 @@ def dense_gated(index: int, inputs: int, units: int) -> Part:
 def thresholded_gated(index: int, inputs: int, units: int) -> Part:
     nodes, constants = _gate(index, inputs, units)
     up, down = f"up{index}", f"down{index}"
-    read = [f"a{index}", "X", up, "centre", down, "tau", "bias"]  # `centre` is zeros [I] here: the bias of up
-    nodes.append(helper.make_node(GATED, read, [f"Y{index}"], domain=DOMAIN))
+    read = [f"a{index}", "x", up, "centre", down, "t", "bias"]  # `centre` is zeros [I] here: the bias of up
+    nodes.append(helper.make_node(GATED, read, [f"y{index}"], domain=DOMAIN))
     return nodes, [
         *constants,
         _floats(3 * index + 1, up, units, inputs),
@@ -57,7 +57,7 @@ def thresholded_gated(index: int, inputs: int, units: int) -> Part:
 def _gate(index: int, inputs: int, units: int) -> Part:
     gate, g, sigmoid, a = (f"{name}{index}" for name in ("gate", "g", "sigmoid", "a"))
     nodes = [
-        helper.make_node("MatMul", ["X", gate], [g]),
+        helper.make_node("MatMul", ["x", gate], [g]),
         helper.make_node("Sigmoid", [g], [sigmoid]),
         helper.make_node("Mul", [g, sigmoid], [a]),
     ]

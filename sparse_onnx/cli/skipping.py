@@ -25,6 +25,7 @@ NAMES = (
     "threshold_mode",
     "dense_first",
     "tokenizer",
+    "prefill",
 )
 
 
@@ -79,6 +80,14 @@ def thresholds(function: Command) -> Command:
         type=int,
         metavar="N",
         help="Prefill, and the first N positions, skip nothing; needs a key/value cache.",
+    )
+    @click.option(
+        "--prefill",
+        metavar="shared|copy",
+        default="shared",
+        show_default=True,
+        help="copy: MatMulNBits layers that round inputs to 8 bits stay beside the thresholded ones, for runs of more "
+        "than 4 rows: faster there, nothing skipped, twice the weights.",
     )
     @click.option(
         "--tokenizer",

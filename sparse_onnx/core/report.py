@@ -189,7 +189,8 @@ class QualityRecord:
 @dataclasses.dataclass(frozen=True)
 class ThresholdsRecord:
     """Thresholds that were put into a model. `bytes` are of all calibrated weights that one token reads, and
-    `share_skipped` of them are not read, as `measured` on data or as calibration expects."""
+    `share_skipped` of them are not read, as `measured` on data or as calibration expects. `prefill` is
+    `shared` or `copy`."""
 
     calibration: str
     method: str
@@ -197,6 +198,7 @@ class ThresholdsRecord:
     level: int
     level_input: str
     dense_first: int | None
+    prefill: str
     bytes: int
     bytes_skipped: int
     share_skipped: float

@@ -69,6 +69,7 @@ def optimize(
     threshold_mode: str = "native",
     dense_first: int | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    prefill: str = "shared",
     static: Sequence[Mapping[str, int]] = (),
     no_fallback: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -100,6 +101,8 @@ def optimize(
         threshold_mode: `native`, `gather` or `simulate`.
         dense_first: so many first positions, and all of prefill, skip nothing; None: every token skips.
         tokenizer: of `eval_data`, where none lies beside the model.
+        prefill: `shared` (the thresholded layers compute runs of many rows, too) or `copy` (layers that round their
+            inputs to 8 bits keep their own weights for those, as they were).
         static: sizes by axis, ``{"batch": 1, "sequence": 1}``, each for a graph without open sizes: the first is `out`,
             others go beside it and share its weights.
         no_fallback: nodes that the target's provider does not run are an error.
@@ -139,9 +142,16 @@ def optimize(
             mode=threshold_mode,
             dense_first=dense_first,
             tokenizer=tokenizer,
+            prefill=prefill,
         )
         settings.setdefault("insert_thresholds", {})
-    elif budget is not None or sparsity is not None or eval_data or dense_first is not None:
+    elif (
+        budget is not None
+        or sparsity is not None
+        or eval_data
+        or dense_first is not None
+        or prefill != "shared"
+    ):
         raise UsageError("thresholds come from a calibration", "--thresholds CALIB.json names it")
     planned = runner.plan(profile.form_names, settings, skip)
     measured = TuningFile(tuning) if tuning is not None else None

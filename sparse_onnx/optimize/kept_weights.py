@@ -8,12 +8,11 @@ import onnx_ir as ir
 from sparse_onnx.core.errors import VerificationError
 from sparse_onnx.graph.external import read_array
 from sparse_onnx.matching.gated import GatedLayer, gated_layers
-from sparse_onnx.matching.layers import Layer, layer
-from sparse_onnx.matching.linear import stored_bias
 from sparse_onnx.matching.sites import sites
-from sparse_onnx.matching.values import pairs, tensor
+from sparse_onnx.matching.values import tensor
 from sparse_onnx.optimize.watched import numbers_of, values_of
 from sparse_onnx.optimize.watched_gated import gated_numbers
+from sparse_onnx.sparsify.prefill import layer_of
 from sparse_onnx.sparsify.record import Acting, acting
 
 _TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -36,7 +35,7 @@ def compare_weights(before: ir.Model, after: ir.Model) -> int:
     compared = 0
     layers: dict[str, GatedLayer] = {}
     for item in acting(after):
-        found = None if item.inner else _layer_of(old.get(item.layer))
+        found = None if item.inner else layer_of(old, item.layer)
         if found is None:
             continue
         original, bias = found
@@ -88,19 +87,3 @@ def _differs(name: str, what: str) -> VerificationError:
 
 def _all_values(model: ir.Model) -> dict[str, ir.Value]:
     return {value.name or "": value for node in model.graph for value in node.outputs}
-
-
-def _layer_of(value: ir.Value | None) -> tuple[Layer, ir.TensorProtocol | None] | None:
-    """The layer that computes a value, an Add behind it counted in, and its bias."""
-    node = None if value is None else value.producer()
-    if node is None:
-        return None
-    found = layer(node)
-    if found is not None:
-        return found, None if found.bias is None else tensor(found.bias)
-    for product, constant in pairs(node) if node.op_type == "Add" and node.domain == "" else ():
-        inner = product.producer()
-        own = None if inner is None or stored_bias(constant) is None else layer(inner)
-        if own is not None and own.bias is None:
-            return own, tensor(constant)
-    return None

@@ -12,12 +12,14 @@ from sparse_onnx.core.errors import UsageError
 from sparse_onnx.optimize.quality import Budget
 from sparse_onnx.sparsify.calibrated import ALLOCATIONS, METHODS, Allocation, Method
 from sparse_onnx.sparsify.plan import MODES, Mode
+from sparse_onnx.sparsify.prefill import PREFILLS, Prefill
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What the user asked for. `evaluation` names files that calibration has not seen; `tokenizer` reads them where
-    they are text and none lies beside the model; `dense_first` is None where all tokens skip inputs."""
+    they are text and none lies beside the model; `dense_first` is None where all tokens skip inputs, and `prefill` says
+    whether many rows have weights of their own."""
 
     calibration: Calibration
     path: str
@@ -29,6 +31,7 @@ class Request:
     mode: Mode
     dense_first: int | None
     tokenizer: str | None = None
+    prefill: Prefill = "shared"
 
 
 def request(
@@ -42,6 +45,7 @@ def request(
     mode: str,
     dense_first: int | None,
     tokenizer: str | os.PathLike[str] | None,
+    prefill: str,
 ) -> Request:
     """
     Raises:
@@ -52,6 +56,7 @@ def request(
         ("method", method, METHODS),
         ("allocation", allocation, ALLOCATIONS),
         ("threshold mode", mode, MODES),
+        ("prefill", prefill, PREFILLS),
     ):
         if value not in known:
             raise UsageError(f"unknown {what} '{value}'", f"one of: {', '.join(known)}")
@@ -71,6 +76,12 @@ def request(
         )
     if dense_first is not None and dense_first < 0:
         raise UsageError(f"{dense_first} first positions", "0 keeps prefill alone dense")
+    if prefill == "copy" and (mode != "native" or method == "topk"):
+        raise UsageError(
+            "--prefill copy is for thresholds in the mode 'native'"
+            + (", and 'topk' bounds each token by itself" if mode == "native" else ""),
+            "leave out --prefill",
+        )
     return Request(
         read_calibration(path),
         os.fspath(path),
@@ -82,4 +93,5 @@ def request(
         mode,  # type: ignore[arg-type]
         dense_first,
         None if tokenizer is None else os.fspath(tokenizer),
+        prefill,  # type: ignore[arg-type]
     )

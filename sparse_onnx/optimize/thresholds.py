@@ -16,6 +16,7 @@ import onnx_ir as ir
 from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError, UsageError, VerificationError
 from sparse_onnx.core.report import QualityRecord, SiteRecord, ThresholdsRecord
 from sparse_onnx.kernels import path as kernel_path
+from sparse_onnx.optimize.copies import check_copies
 from sparse_onnx.optimize.evaluation import evaluation_runs
 from sparse_onnx.optimize.kept_weights import compare_weights
 from sparse_onnx.optimize.quality import Budget, Feeds, Judge, Measured
@@ -25,6 +26,7 @@ from sparse_onnx.sparsify.calibrated import Costs, make_plan
 from sparse_onnx.sparsify.dial import set_level
 from sparse_onnx.sparsify.guard import Clock, keep_dense
 from sparse_onnx.sparsify.plan import Plan
+from sparse_onnx.sparsify.prefill import copy_dense
 from sparse_onnx.sparsify.record import acting, by_site, thresholds_of
 from sparse_onnx.verify.compare import difference
 from sparse_onnx.verify.inputs import sized_inputs
@@ -199,6 +201,13 @@ class Thresholds:
                 if self.evaluation
                 else f"prefill and the first {self.asked.dense_first} positions skip nothing"
             )
+        if self.asked.prefill == "copy":
+            self.say("comparing the layers for many rows with numpy")
+            assert self.before is not None
+            found = check_copies(
+                model, self.before, record.level_input, plan.level, kernels=_built(), threads=self.threads
+            )
+            notes.append(found + ("; quality was measured as if all rows skipped" if self.evaluation else ""))
         if plan.mode == "simulate":
             notes.append(
                 "simulated thresholds: for accuracy studies; nothing is skipped, and nothing is faster"
@@ -215,6 +224,9 @@ class Thresholds:
         plan, record = self.plan, thresholds_of(model)
         assert plan is not None and record is not None
         set_level(model, record.level_input, plan.level)
+        if self.asked.prefill == "copy":
+            assert self.before is not None
+            copy_dense(model, self.before)
         if self.asked.dense_first is not None:
             keep_dense(model, self.asked.dense_first)
 
@@ -307,6 +319,7 @@ class Thresholds:
             level=plan.level,
             level_input=level_input,
             dense_first=self.asked.dense_first,
+            prefill=self.asked.prefill,
             bytes=whole,
             bytes_skipped=left_out,
             share_skipped=left_out / whole if whole else 0.0,

@@ -14,6 +14,7 @@ from sparse_onnx.graph.external import read_array
 from sparse_onnx.matching.layers import layer
 from sparse_onnx.matching.values import attribute
 from sparse_onnx.optimize.watched_gated import COARSE, gated_error, judged, stored_numbers
+from sparse_onnx.sparsify.prefill import COPY_KEY, MOST_ROWS, thresholded_of
 from sparse_onnx.sparsify.record import Acting, acting
 from sparse_onnx.targets import session as sessions
 
@@ -186,6 +187,9 @@ def _error(
     item: Acting, values: dict[str, ir.Value], x: np.ndarray, y: np.ndarray, bound: np.ndarray
 ) -> float:
     weight, folded, centre = numbers_of(item, values)
+    node = values[item.layer].producer()
+    if node is not None and COPY_KEY in node.metadata_props and x.size > MOST_ROWS * weight.shape[0]:
+        bound = np.full(1, -1, bound.dtype)  # as many rows skip nothing
     expected = thresholded_reference(x, weight, bound, centre, folded)
     scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0)) or 1.0
     gap = np.abs(y.astype(np.float64) - expected) if y.shape == expected.shape else np.zeros(1)
@@ -204,6 +208,8 @@ def numbers_of(item: Acting, values: dict[str, ir.Value]) -> tuple[np.ndarray, n
     centre = read_array(held)
     node = values[item.layer].producer()
     assert node is not None
+    if COPY_KEY in node.metadata_props:
+        node = thresholded_of(node)
     if is_thresholded(node):
         tensors = [None if value is None else value.const_value for value in node.inputs[1:]]
         folded = read_array(tensors[-1])  # type: ignore[arg-type]

@@ -54,6 +54,7 @@ def test_defaults(received: dict[str, Any]) -> None:
         "threshold_mode": "native",
         "dense_first": None,
         "tokenizer": None,
+        "prefill": "shared",
         "progress": None,
     }
 

@@ -73,3 +73,29 @@ def test_one_output(stored: str | None, tokens: int, library: Path) -> None:
         made, x = make(layer), inputs(layer, tokens)
         actual = session(made.model, native=True).run(None, {"X": x})[0]
         assert error(made.expected(x), actual) < 1e-5
+
+
+@pytest.mark.parametrize("stored", ["int8", "uint8"])
+@pytest.mark.parametrize("block", [16, 64, 10_000])
+def test_inputs_of_very_different_sizes(stored: str, block: int, library: Path) -> None:
+    """Products of bytes have one factor for many inputs, which the largest of them decides."""
+    layer = Layer(256, 200, stored=stored, axis=0, block=block)
+    made = _with(make(layer), tau=np.array([-1], np.float32), centre=np.zeros(1, np.float32))
+    run = session(made.model, native=True)
+    x = inputs(layer, 1)
+    for factor in (1e-38, 1e-30, 1e-20, 1e-3, 1e3, 1e20, 1e29):
+        sizes = x * np.float32(factor)
+        expected = (made.expected(sizes) - made.bias).astype(np.float64)
+        actual = run.run(None, {"X": sizes})[0]
+        added = np.abs(sizes).astype(np.float64) @ np.abs(made.weight) + np.abs(made.bias)
+        assert np.isfinite(actual).all()
+        assert np.abs(actual - made.bias - expected).max() < 1e-6 * added.max(), factor
+    mixed = x.copy()
+    mixed[0, ::50] *= np.float32(1e4)
+    mixed[0, 3] = np.float32(1e-42)
+    mixed[0, 64:128] = 0
+    added = np.abs(mixed).astype(np.float64) @ np.abs(made.weight)
+    assert np.abs(run.run(None, {"X": mixed})[0] - made.expected(mixed)).max() < 1e-6 * added.max()
+    only = np.zeros_like(x)
+    only[0, 17] = 3
+    assert error(made.expected(only), run.run(None, {"X": only})[0]) < 1e-6

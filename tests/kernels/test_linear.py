@@ -168,7 +168,10 @@ def layers(draw: st.DrawFn) -> Layer:
 @given(layer=layers(), tokens=st.integers(1, 20))
 def test_any_layer(library: Path, layer: Layer, tokens: int) -> None:
     made, x = make(layer), inputs(layer, tokens, layer.seed)
-    assert error(made.expected(x), session(made.model, native=True).run(None, {"X": x})[0]) < 1e-5
+    actual = session(made.model, native=True).run(None, {"X": x})[0]
+    # Of what was added up: the sum itself may be next to nothing, where there are few outputs.
+    added = (np.abs(x) + np.abs(made.centre)) @ np.abs(made.weight) + np.abs(made.bias)
+    assert np.abs(actual - made.expected(x)).max() < 2e-6 * added.max()
 
 
 @pytest.mark.slow

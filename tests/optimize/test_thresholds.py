@@ -312,8 +312,8 @@ def test_the_command_its_report_and_its_exit_codes(case: Case) -> None:
     )
     record = json.loads(out)["thresholds"]
     assert code == 0 and record["level"] > 30 and record["measured"] is True
-    keys = ["calibration", "method", "mode", "level", "level_input", "dense_first", "bytes", "bytes_skipped"]
-    assert list(record) == [*keys, "share_skipped", "measured", "quality", "sites"]
+    keys = ["calibration", "method", "mode", "level", "level_input", "dense_first", "prefill"]
+    assert list(record) == [*keys, "bytes", "bytes_skipped", "share_skipped", "measured", "quality", "sites"]
     assert list(record["quality"][0]) == ["metric", "value", "dense", "tokens", "budget", "kept"]
     site = ["name", "layers", "centre", "expected", "measured", "bytes", "bytes_skipped"]
     assert list(record["sites"][0]) == site

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
-#include <thread>
 
 #include "operators.h"
 #include "product.h"
@@ -44,8 +43,7 @@ void one(ort::KernelContext* context, const Layer& layer, const float* gate, con
   Room value(up.rows + 16), result(up.rows), own(best.laid(up));
   const int64_t count = best.choose(gate, up.rows, rule, index.get(), value.get());
   best.lay(up, x, own.get());
-  const int64_t most = count * up.columns >= kAlone ? std::max(1u, std::thread::hardware_concurrency()) : 1;
-  const int64_t parts = std::max<int64_t>(1, std::min(most, count / 16));
+  const int64_t parts = std::max<int64_t>(1, std::min(parts_of(up, count), count / 16));
   parallel(context, parts, [&](int64_t part) {
     const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
     best.dots(up, own.get(), index.get() + begin, end - begin, result.get() + begin, scratch(best.dots_scratch(up)));

@@ -2,6 +2,7 @@
 // (GCC, Clang), as wide as the level's registers.
 #include "linear.h"
 
+#include <cstdlib>
 #include <cstring>
 
 #if defined(__x86_64__)
@@ -23,6 +24,7 @@ namespace JOIN(level_, LEVEL) {
 #include "vectors.h"
 #include "readers.h"
 #include "row.h"
+#include "digits.h"
 #include "many.h"
 #include "dots.h"
 #include "single.h"

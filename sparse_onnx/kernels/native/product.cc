@@ -10,11 +10,18 @@ namespace sparse_onnx {
 
 namespace {
 
-constexpr int64_t kAlone = 1 << 16;    // products below which waking threads costs more than it gives
+// Bytes of weights for which it is worth waking a thread. What a session's pool has is not to be learned from ONNX
+// Runtime: parts follow from sizes and the machine, so results do not change with the threads, and a pool of fewer
+// threads takes several of them each.
+constexpr int64_t kEachThread = 1 << 17;
+constexpr int64_t kAlone = 1 << 16;    // products of many tokens, for the same
 constexpr int64_t kLeastRows = 16;     // that a thread takes
 constexpr int64_t kLeastBytes = 512;   // of a row that a thread reads, where threads share rows out
 constexpr int64_t kStrip = 512;        // columns that one thread computes for many tokens
 constexpr int64_t kUnion = 32;         // tokens up to which a row of weights may be needed by none
+// How many tokens may need a row of weights, on average over the rows that any needs, for tokens to be computed one by
+// one, each reading its own rows: measured with AVX-512, for weights as large as float32 and for integers.
+constexpr double kAgain = 1.7, kAgainIntegers = 6.5;
 
 int64_t bits(Type type) {
   return type == Type::F32 ? 32 : type <= Type::BF16 ? 16 : type <= Type::U8 ? 8 : 4;
@@ -27,8 +34,6 @@ float* scratch(int64_t floats) {
   return room.get();
 }
 
-int64_t threads() { return std::max(1u, std::thread::hardware_concurrency()); }
-
 // work(first, last) for all columns.
 template <class F>
 void by_columns(ort::KernelContext* context, int64_t columns, int64_t part, F&& work) {
@@ -38,6 +43,11 @@ void by_columns(ort::KernelContext* context, int64_t columns, int64_t part, F&& 
 }
 
 }  // namespace
+
+int64_t parts_of(const Weights& w, int64_t rows) {
+  static const int64_t processors = std::max(1u, std::thread::hardware_concurrency());
+  return std::max<int64_t>(1, std::min(processors, rows * w.columns * bits(w.type) / 8 / kEachThread));
+}
 
 Wide::Wide(Type type, const void* data, int64_t count)
     : room_(type == Type::F32 ? 0 : count), at_(static_cast<const float*>(data)) {
@@ -55,7 +65,7 @@ Bounds::Bounds(Type type, const Tensor& tau_tensor, const Tensor& centre_tensor,
 
 void product(ort::KernelContext* context, const Weights& w, const Kept& kept, const float* bias, float* y) {
   const Level& best = level();
-  const int64_t most = kept.count * w.columns >= kAlone ? threads() : 1;
+  const int64_t most = parts_of(w, kept.count);
   // The sums of all parts but one are written and read again: 8 bytes a column, of which rows read 20 times as many.
   const int64_t worth = 1 + kept.count * bits(w.type) / (8 * 8 * 20);
   const int64_t by_rows = std::min({most, kept.count / kLeastRows, worth});
@@ -86,11 +96,12 @@ void product(ort::KernelContext* context, const Weights& w, const float* x, int6
   const Level& best = level();
   const int64_t inputs = w.rows, depth = best.depth;
   std::unique_ptr<int32_t[]> index(new int32_t[inputs + 16]);
-  if (tokens == 1) {
+  const auto one = [&](int64_t token) {
     Room value(inputs + 16);
-    const int64_t count = best.choose(x, inputs, rule, index.get(), value.get());
-    return product(context, w, Kept{index.get(), value.get(), count}, bias, y);
-  }
+    const int64_t kept = best.choose(x + token * inputs, inputs, rule, index.get(), value.get());
+    product(context, w, Kept{index.get(), value.get(), kept}, bias, y + token * w.columns);
+  };
+  if (tokens == 1) return one(0);
 
   int64_t count = inputs;
   Room parts((inputs + depth - 1) / depth * depth * tokens);
@@ -99,12 +110,20 @@ void product(ort::KernelContext* context, const Weights& w, const float* x, int6
     for (int64_t token = 0; token < tokens; ++token)
       best.mask(x + token * inputs, inputs, rule, masked.get() + token * inputs);
     std::vector<char> used(inputs, 0);
+    int64_t each = 0;
     for (int64_t token = 0; token < tokens; ++token)
-      for (int64_t k = 0; k < inputs; ++k) used[k] |= masked.get()[token * inputs + k] != 0;
+      for (int64_t k = 0; k < inputs; ++k) {
+        const bool kept = masked.get()[token * inputs + k] != 0;
+        used[k] |= kept, each += kept;
+      }
     count = 0;
     for (int64_t k = 0; k < inputs; ++k) {
       index[count] = (int32_t)k;
       count += used[k];
+    }
+    if (each < (w.scale ? kAgainIntegers : kAgain) * count) {
+      for (int64_t token = 0; token < tokens; ++token) one(token);
+      return;
     }
     for (int64_t k = 0; k < count; ++k)
       for (int64_t token = 0; token < tokens; ++token)

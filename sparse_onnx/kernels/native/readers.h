@@ -9,6 +9,7 @@ struct Reader;
 
 template <class Self, int kBits>
 struct InOrder {
+  static constexpr bool is_signed = true;
   static constexpr int bits = kBits;
   static constexpr bool in_order = true;
   template <class F>
@@ -68,6 +69,7 @@ struct Reader<Type::BF16> : InOrder<Reader<Type::BF16>, 16> {
 
 template <bool kSigned>
 struct WholeBytes : InOrder<WholeBytes<kSigned>, 8> {
+  static constexpr bool is_signed = kSigned;
   static INLINE Floats vector(const uint8_t* from) { return from_bytes<kSigned>(from); }
   static INLINE float one(const void* data, int64_t at) {
     return kSigned ? (float)((const int8_t*)data)[at] : (float)((const uint8_t*)data)[at];
@@ -82,6 +84,7 @@ struct Reader<Type::U8> : WholeBytes<false> {};
 // Two weights a byte, the first in the lower half: eight in a word.
 template <bool kSigned>
 struct Nibbles {
+  static constexpr bool is_signed = kSigned;
   static constexpr int bits = 4;
   static constexpr bool in_order = false;
   template <class F>

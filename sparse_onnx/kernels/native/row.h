@@ -7,7 +7,7 @@
 // Few rows in long runs: a processor follows some streams well, and each shorter row begins another one.
 template <class R>
 constexpr int group_of = R::bits == 4 ? 6 : 4;
-constexpr int kGroup = 6;  // the largest
+constexpr int kGroup = 8;  // the largest
 constexpr int kLeastBlock = 8;  // columns that share a scale, below which each weight is taken by itself
 
 struct Group {
@@ -185,27 +185,4 @@ void one_by_one(const Weights& w, const Kept& kept, float* y, int64_t first, int
       }
       y[column] += number * kept.value[at];
     }
-}
-
-void row(const Weights& w, const Kept& kept, float* y, int64_t first, int64_t last, float* scratch) {
-  by_type(w.type, [&](auto reader) {
-    using R = decltype(reader);
-    if (R::bits == 4 && w.columns % 2) return one_by_one<R>(w, kept, y, first, last);
-    if (w.scale && w.columns == 1) return one_by_one<R>(w, kept, y, first, last);
-    if (!w.scale) return scaled_rows<R, false>(w, kept, -1, y, first, last, scratch);
-    if (w.block_columns == 1) {
-      return w.block_rows > 1 || w.rows == 1 ? scaled_columns<R>(w, kept, y, first, last, scratch)
-                                             : one_by_one<R>(w, kept, y, first, last);
-    }
-    const int shift = block_shift<R>(w);
-    if (shift == -2) return one_by_one<R>(w, kept, y, first, last);
-    if (shift == -1) return scaled_rows<R, false>(w, kept, shift, y, first, last, scratch);
-    scaled_rows<R, true>(w, kept, shift, y, first, last, scratch);
-  });
-}
-
-int64_t row_scratch(const Weights& w, int64_t columns) {
-  const int64_t padded = (columns + kChunk - 1) / kChunk * kChunk;
-  const int64_t blocks = w.scale && w.block_rows == 1 ? padded / kLeastBlock + 2 : 1;
-  return 2 * padded + (kGroup + 2) * (blocks + 2 * kLanes);
 }
