@@ -208,7 +208,7 @@ class Thresholds:
                 "fast with the native kernels (`sparse-onnx kernels build`, sparse_onnx.register_kernels); "
                 "without them right, and not faster"
             )
-        return self._record(model, plan, record.level_input, seen), notes
+        return self.record(model, plan, record.level_input, seen), notes
 
     def set(self, model: ir.Model) -> None:
         """Sets the finished model to its level, and keeps dense what is to stay so."""
@@ -276,9 +276,10 @@ class Thresholds:
                     "allow more, or give more evaluation data; nothing was written",
                 )
 
-    def _record(
+    def record(
         self, model: ir.Model, plan: Plan, level_input: str, seen: dict[str, Seen]
     ) -> ThresholdsRecord:
+        """What the report says of a model with that plan; `seen` is what its sites skipped."""
         costs = Costs.of(self.asked.calibration)
         reads = {site.name: read for site, read in zip(costs.sites, costs.reads, strict=True)}
         total = {site.name: site.bytes for site in costs.sites}
