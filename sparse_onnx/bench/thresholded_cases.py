@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 
 from sparse_onnx.bench import real_models, real_texts
+from sparse_onnx.bench.thresholded_files import write
 from sparse_onnx.bench.thresholded_variants import Variant, Weights, plan_of
 from sparse_onnx.calibrate import calibrate
 from sparse_onnx.calibrate.data import Data
@@ -46,7 +47,7 @@ class Amounts:
     zoo's model, sentences for embeddings, tokens that lie in the cache when one is decoded, and those of a prefill."""
 
     calibration: int = 20
-    windows: int = 6
+    windows: int = 4
     length: int = 256
     calibration_bytes: int = 60_000
     held_out_bytes: int = 12_000
@@ -88,16 +89,23 @@ class Case:
         base = self.bases[variant.weights]
         if variant.kind == "dense" and self.name != "byte-moe":
             return base.path
-        path = self.folder / f"{variant.key.replace(' ', '_').replace('%', '')}.onnx"
+        path = self._place(variant)
         if not path.exists():
             plan = None
             if variant.kind != "dense":
                 assert base.calibration is not None
                 plan = plan_of(variant, read_calibration(base.calibration))
-            from sparse_onnx.bench.thresholded_files import write
-
             write(base.path, path, plan, base.quantize)
         return path
+
+    def remove(self, variant: Variant) -> None:
+        """Deletes the file of a thresholded variant."""
+        path = self._place(variant)
+        for each in (path, path.with_suffix(".data")):
+            each.unlink(missing_ok=True)
+
+    def _place(self, variant: Variant) -> Path:
+        return self.folder / f"{variant.key.replace(' ', '_').replace('%', '')}.onnx"
 
     def calibration(self, variant: Variant) -> tuple[Calibration, Path]:
         path = self.bases[variant.weights].calibration
@@ -128,9 +136,7 @@ def prepare(name: Name, folder: Path, amounts: Amounts, say: Callable[[str], Non
     if name == "minilm":
         return Case(name, place, bases, _sentences(dense, amounts.sentences), amounts)
     held_out = [
-        run.feeds
-        for text in texts.evaluation
-        for run in _data(dense, text, amounts.length, amounts.windows)
+        run.feeds for text in texts.evaluation for run in _data(dense, text, amounts.length, amounts.windows)
     ]
     return Case(name, place, bases, held_out, amounts)
 

@@ -44,5 +44,7 @@ def write(source: Path, out: Path, plan: Plan | None, quantize: Literal["int8", 
 
     result = runner.run(model, steps, before=before)
     if plan is not None and thresholds_of(model) is None:
-        raise ImpossibleError("no layer can skip inputs", "; ".join({each.reason for each in result.refusals}))
+        raise ImpossibleError(
+            "no layer can skip inputs", "; ".join({each.reason for each in result.refusals})
+        )
     io.save(model, out, weights="copy")

@@ -22,7 +22,7 @@ from sparse_onnx.graph.external import read_array
 from sparse_onnx.optimize.quality import Judge, Measured
 from sparse_onnx.optimize.request import request
 from sparse_onnx.optimize.thresholds import Thresholds
-from sparse_onnx.optimize.watched import Counted, Dialled
+from sparse_onnx.optimize.watched import Counted
 from sparse_onnx.sparsify.record import thresholds_of
 from sparse_onnx.targets import session as sessions
 
@@ -78,9 +78,9 @@ class Examiner:
         found = thresholds_of(model)
         assert found is not None
         level = _level(model, found.level_input)
-        if variant.weights == "float32":
-            self._require_same(path, found.level_input)
         counted = Counted(model, found.level_input, level, self.threads, kernels=True)
+        if variant.weights == "float32":
+            self._require_same(counted, path)
         self._run(counted)
         record = self._record(variant, model, found.level_input, level, counted)
         return Quality(variant.key, self._metrics(), record.share_skipped, record.bytes, level)
@@ -126,10 +126,9 @@ class Examiner:
         plan = dataclasses.replace(plan_of(variant, calibration), level=level)
         return report.record(model, plan, level_input, counted.seen)
 
-    def _require_same(self, path: Path, level_input: str) -> None:
-        run = Dialled(io.load(path), level_input, self.threads, kernels=True)
+    def _require_same(self, counted: Counted, path: Path) -> None:
         expected = self._dense[0]
-        found = self._result(run(self.case.held_out[0], 0))
+        found = self._result(counted.dense(self.case.held_out[0]))
         error = float(np.abs(found - expected).max() / np.abs(expected).max())
         if not error <= _SAME:
             raise VerificationError(f"at level 0 it differs from the dense model by {error:.1e}", where=str(path))

@@ -70,13 +70,12 @@ class Variant:
 def variants(encoder: bool, bases: Sequence[str]) -> list[Variant]:
     """All of them for a model, dense ones first. `bases` are the weights that it has; CATS's where it is a method."""
     found = [Variant(weights, DENSE) for weights in WEIGHTS if weights in bases]
-    for kind in (BEST, *CENTRES):
-        found += [Variant("float32", kind, share) for share in SHARES]
+    found += [Variant("float32", BEST, share) for share in SHARES]
     found += recipes(encoder)
     for weights in ("int8", "int4"):
         if weights in bases:
             found += [Variant(weights, BEST, share) for share in SHARES]
-    return found
+    return found + [Variant("float32", kind, share) for share in SHARES for kind in CENTRES]
 
 
 def recipes(encoder: bool) -> list[Variant]:

@@ -1,9 +1,12 @@
 """How far a layer's results move when the small values of its input are dropped.
 
-    error(c, s) = ||X W - X~ W|| / ||X W||      X~ = c where |X - c| <= tau, else X
+    error(c, s) = ||D (X W - X~ W)|| / ||D X W||      X~ = c where |X - c| <= tau, else X
+    D = diag(1 / max(||x W||, median of ||x W||))      over rows x of X
 
 over held-out rows X and all matrices W that read them. tau is the quantile s of |X - c| of other rows; at s = 0 nothing
-is dropped. Rows of a block's experts go through their own expert's matrix.
+is dropped. Rows of a block's experts go through their own expert's matrix. Without D one row decides: some layers of
+language models give the first token results hundreds of times as large as all others', next to which the loss of
+everything else is nothing.
 """
 
 from __future__ import annotations
@@ -40,11 +43,14 @@ def error_curves(
         if not len(rows):
             continue
         rows = np.ascontiguousarray(rows, np.float32)
-        whole += _square(rows @ matrix)
+        results = rows @ matrix
+        factors = row_factors(results)
+        whole += _square(factors * results)
         weigh = _Weigher(matrix, len(rows), len(distinct) * (len(SPARSITIES) - 1))
         for name in distinct:
             distance = rows - described.centre(name)
             size = np.abs(distance)
+            distance *= factors
             for some in _chunks(rows.nbytes):
                 tau = described.quantiles[name][[round(SPARSITIES[at] * 100) for at in some]]
                 dropped = size <= tau.astype(np.float32)[:, None, None]
@@ -56,6 +62,16 @@ def error_curves(
             for name, values in lost.items()
         }  # fmt: skip
     return {name: curves[_same(name, distinct, described)] for name in CENTRES}
+
+
+def row_factors(results: np.ndarray) -> np.ndarray:
+    """What the rows of a layer's results ``[h, N]`` are multiplied by so that a large one counts no more than another:
+    ``[h, 1]``. Rows of less than the median's size count less; where all are zero the factors are 1."""
+    sizes = np.linalg.norm(results, axis=1, keepdims=True)
+    bounds = np.maximum(sizes, np.median(sizes))
+    if not bounds.any():
+        return np.ones_like(bounds)
+    return np.where(bounds > 0, 1 / np.where(bounds > 0, bounds, 1), 0).astype(results.dtype)
 
 
 def _distinct(described: Description) -> list[str]:

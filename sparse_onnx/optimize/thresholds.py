@@ -281,21 +281,28 @@ class Thresholds:
     ) -> ThresholdsRecord:
         """What the report says of a model with that plan; `seen` is what its sites skipped."""
         costs = Costs.of(self.asked.calibration)
+        items_of = by_site(acting(model))
+        held = {name: sum(item.nbytes for item in items) for name, items in items_of.items()}
+        total: dict[str, float] = {site.name: site.bytes for site in costs.sites}
         reads = {site.name: read for site, read in zip(costs.sites, costs.reads, strict=True)}
-        total = {site.name: site.bytes for site in costs.sites}
+        experts = {name for block in self.asked.calibration.blocks for name in block.layers}
+        inside = experts & set(held)
+        if inside:  # which are smaller than they were calibrated where this run quantized them
+            smaller = sum(held[name] for name in inside) / max(1, sum(total[name] for name in inside))
+            for name in experts & set(total):
+                total[name], reads[name] = total[name] * smaller, reads[name] * smaller
         rows = []
-        for name, items in by_site(acting(model)).items():
+        for name, items in items_of.items():
             site = plan.sites[name]
             measured = seen[name].share if name in seen else None
             expected = float(site.sparsity[plan.level])
             # Of a site with layers that were refused, those that were not; of experts, one token's.
-            share = min(1.0, sum(item.nbytes for item in items) / max(1, total[name]))
-            read = reads[name] * share
+            read = reads[name] * min(1.0, held[name] / max(1, total[name]))
             skipped = read * (expected if measured is None else measured)
             rows.append(
                 SiteRecord(name, len(items), site.centring, expected, measured, round(read), round(skipped))
             )
-        whole = round(sum(costs.reads))
+        whole = round(sum(reads.values()))
         left_out = sum(row.bytes_skipped for row in rows)
         return ThresholdsRecord(
             calibration=self.asked.path,
