@@ -1,10 +1,10 @@
-"""The models that `bench.thresholded_models` measures, each with its weights in every type, its calibrations and its text.
+"""The models of `bench.thresholded_models`: their weights in every type, their calibrations, and their text.
 
 | | is | quality on held-out text |
 | --- | --- | --- |
-| `smollm2` | SmolLM2-135M-Instruct with its key/value cache (`bench.real_models`) | perplexity, same most likely token |
+| `smollm2` | SmolLM2-135M-Instruct with its cache (`bench.real_models`) | perplexity, same most likely token |
 | `byte-moe` | the zoo's mixture of experts over bytes; has no cache | the same |
-| `minilm` | all-MiniLM-L6-v2, mean-pooled sentence embeddings | cosine to the dense ones, order of all pairs, neighbour |
+| `minilm` | all-MiniLM-L6-v2, mean-pooled | cosine to dense embeddings, order of all pairs, neighbour |
 
 int8 and int4 of the real models are MatMulNBits by ORT's quantizer, `int8-dynamic` its dynamic quantization; those of
 the zoo's model are what `optimize --quantize` makes of its experts.

@@ -1,4 +1,4 @@
-"""A model with a given plan of thresholds, as `optimize` would deploy it: the steps of its pipeline, without its checks."""
+"""A model with a given plan of thresholds, as `optimize` would deploy it: its pipeline without its checks."""
 
 from __future__ import annotations
 

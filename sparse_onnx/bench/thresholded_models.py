@@ -1,8 +1,8 @@
 """`python -m sparse_onnx.bench.thresholded_models`: thresholds in whole models: quality, bytes skipped, and speed.
 
 Models of `bench.thresholded_cases`, in the variants of `bench.thresholded_variants`: dense in each type of weights,
-thresholded at 10 to 60 % by each centre, and by the recipes of others. `--json FILE` holds what was measured, and what is
-there is not measured again; `--docs PAGE` writes the tables into the page, between its markers.
+thresholded at 10 to 60 % by each centre, and by the recipes of others. `--json FILE` holds what was measured, and what
+is there is not measured again; `--docs PAGE` writes the tables into the page, between its markers.
 
 Needs torch and transformers, for SmolLM2 gguf and accelerate too (``pip install 'sparse-onnx[bench-real]'``).
 """

@@ -32,8 +32,8 @@ _SAME = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """`metrics`: value, and the standard error of its difference to the dense model's where that is known. `skipped` is
-    the share of the bytes of linear weights that a token would read otherwise, `bytes` those; 0 where none is skipped."""
+    """`metrics`: value, and the standard error of its difference to the dense model's where that is known. `bytes` are
+    those of linear weights that a token would read (0 of a dense model), `skipped` the share of them that it skips."""
 
     key: str
     metrics: dict[str, tuple[float, float | None]]
@@ -131,7 +131,9 @@ class Examiner:
         found = self._result(counted.dense(self.case.held_out[0]))
         error = float(np.abs(found - expected).max() / np.abs(expected).max())
         if not error <= _SAME:
-            raise VerificationError(f"at level 0 it differs from the dense model by {error:.1e}", where=str(path))
+            raise VerificationError(
+                f"at level 0 it differs from the dense model by {error:.1e}", where=str(path)
+            )
 
 
 def _level(model: ir.Model, level_input: str) -> int:
@@ -150,7 +152,7 @@ def order_of_pairs(dense: np.ndarray, now: np.ndarray) -> float:
     """Spearman's rank correlation of the similarities of all pairs, embeddings ``[N, H]``, N at least 3."""
     upper = np.triu_indices(len(dense), 1)
     ranks = [np.argsort(np.argsort(_similarities(each)[upper])) for each in (dense, now)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(np.stack(ranks))[0, 1])
 
 
 def same_neighbour(dense: np.ndarray, now: np.ndarray) -> float:

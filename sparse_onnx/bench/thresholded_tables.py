@@ -124,7 +124,7 @@ def _recipes(encoder: bool, quality: Found, times: Found) -> str:
         return ""
     speed = [] if encoder else [f"decoding, {_threads(count)}" for count in times]
     head = ["recipe", "skipped", *heads, *(f"{each}, best" for each in heads), *speed]
-    text = "Published recipes, and our best centres where they skip as much (between the two nearest that were measured)"
+    text = "Published recipes, and `best` where it skips as much, between the two nearest shares that were measured"
     return f"{text}:\n\n{markdown(head, lines)}"
 
 
@@ -178,8 +178,8 @@ def _speed(quality: Found, times: Found, processor: str) -> Iterable[str]:
             "text": "One sentence",
         }[shape]
         yield (
-            f"{text} ({processor}): milliseconds, and how many times as fast as the dense model of the same type and as "
-            f"float32:\n\n{markdown(['weights', 'skipped', *heads, *speeds], lines)}"
+            f"{text} ({processor}): milliseconds, and how many times as fast as the dense model of the same type, and "
+            f"as dense float32:\n\n{markdown(['weights', 'skipped', *heads, *speeds], lines)}"
         )
         if shape == "decode" and dense is not None:
             yield _summary(quality, dense, times, every)

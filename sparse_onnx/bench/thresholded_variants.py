@@ -3,12 +3,12 @@
 Our own rows give each layer its share by error for bytes over the whole model, with one centre for all layers, or with
 the best of the four for each. Recipes are what others published, with the thresholds of the same calibration:
 
-| recipe | shares | centre |
-| --- | --- | --- |
-| NNCF (docs of `nncf.sparsify_activations`) | up and gate 30 %, down 50 %; encoders 20, 20 and 30 % with q, k, v | 0 |
-| SCAP (arXiv 2412.07174; configurations of IntelLabs/SCAP) | up and gate 35 %, down 55 %, or 30 and 70 %; GELU: down 50 % | 0; GELU: the mode |
-| TEAL (arXiv 2408.14690) | the same for every block, within a block greedy by error | 0 |
-| CATS (arXiv 2404.08763) | 50 % of what the gate lets through | 0 |
+    NNCF  docs of `nncf.sparsify_activations`   up and gate 30 %, down 50 %, around 0; encoders: q, k, v and up 20 %,
+                                                down 30 %
+    SCAP  arXiv 2412.07174, IntelLabs/SCAP      up and gate 35 %, down 55 %, or 30 and 70 %, around 0; GELU: down
+                                                50 % around the mode
+    TEAL  arXiv 2408.14690                      the same share for every block, within it greedy by error, around 0
+    CATS  arXiv 2404.08763                      50 % of the smallest act(gate), for up and down together
 
 TEAL takes the error of the block's result; here it is the sum of the errors of the block's layers. NNCF takes a moving
 average of each batch's quantile, and SCAP a kernel density's peaks; here they are the calibration's quantile and mode.
