@@ -115,7 +115,7 @@ class Examiner:
             budget=None,
             sparsity=0.5,
             evaluation=(),
-            method="scap",
+            method="cats" if variant.kind == "CATS" else "scap",
             allocation="greedy",
             mode="native",
             dense_first=None,

@@ -66,6 +66,8 @@ def _model(name: str, found: Found) -> Iterable[str]:
         shown = _recipes(name == "minilm", quality, times)
         if shown:
             yield shown
+        if not times:
+            yield _types(quality)
     if times:
         yield from _speed(quality, times, found["processor"])
 
@@ -99,6 +101,20 @@ def _centres(quality: Found) -> str:
     first = next(iter(dense["metrics"]))
     base = f"; dense {dense['metrics'][first][0]:.2f}" if first == "perplexity" else ""
     return f"By centre, weights in float32 ({what}{base}):\n\n{markdown(head, lines)}"
+
+
+def _types(quality: Found) -> str:
+    """What the speed tables say of quality, where there are none yet."""
+    dense = quality["float32 dense"]
+    lines = []
+    for weights, name in _TYPES.items():
+        for key in (f"{weights} dense", *(Variant(weights, BEST, share).key for share in SHARES)):  # type: ignore[arg-type]
+            row = quality.get(key)
+            if row is not None:
+                skipped = "dense" if key.endswith("dense") else f"{row['skipped']:.0%}"
+                lines.append([name, skipped, *_told(row, dense)])
+    head = ["weights", "skipped", *(_HEADS[metric] for metric in dense["metrics"])]
+    return f"By type of weights, against dense float32, best centres:\n\n{markdown(head, lines)}"
 
 
 def _recipes(encoder: bool, quality: Found, times: Found) -> str:
