@@ -43,8 +43,9 @@ _VARIANTS: dict[Weights, real_models.Variant] = {
 
 @dataclasses.dataclass(frozen=True)
 class Amounts:
-    """How much is run: windows of `length` tokens to calibrate on and to measure each text on, bytes of text for the
-    zoo's model, sentences for embeddings, tokens that lie in the cache when one is decoded, and those of a prefill."""
+    """How much is run: windows of `length` tokens to calibrate on (for embeddings three times as many, a quarter as
+    long) and to measure each text on, bytes of text for the zoo's model, sentences for embeddings, tokens that lie in
+    the cache when one is decoded, and those of a prefill."""
 
     calibration: int = 20
     windows: int = 4
@@ -127,7 +128,7 @@ def prepare(name: Name, folder: Path, amounts: Amounts, say: Callable[[str], Non
     dense = real_models.exported(name, folder, past=name == "smollm2", progress=say)
     data = texts.calibration if name == "smollm2" else texts.sentences
     length = amounts.length if name == "smollm2" else _SENTENCE
-    runs = amounts.calibration * (amounts.length // length)
+    runs = amounts.calibration * (1 if name == "smollm2" else 3)
     bases: dict[Weights, Base] = {}
     for weights, variant in _VARIANTS.items():
         path = real_models.quantized(dense, variant)
@@ -173,7 +174,7 @@ def _calibrated(path: Path, data: Path, runs: int | None, length: int, say: Call
     out = path.with_suffix(".calib.json")
     if not out.exists():
         say(f"calibrating {path}")
-        calibrate(path, data, out, runs=runs, length=length)
+        calibrate(path, data, out, runs=runs, length=length, threads=1)
     return out
 
 

@@ -96,7 +96,7 @@ def measure(
         chosen: the variants; their files are there.
         threads: of each session.
         seconds: see `measure.interleave`.
-        rounds: at least.
+        rounds: of decoding, at least; half as many of what takes longer.
     """
     opened = [
         sessions.create_session(case.file(variant), threads=threads, entries=_ENTRIES, kernels=True)
@@ -106,7 +106,8 @@ def measure(
     for name, feeds in shapes(case).items():
         now = [at for at, variant in enumerate(chosen) if name == "decode" or _is_shown(variant)]
         contestants = [Contestant(chosen[at].key, _runner(opened[at], feeds)) for at in now]
-        times = interleave(contestants, len(feeds), min_time=seconds, fewest=rounds)
+        fewest = rounds if name == "decode" else max(2, rounds // 2)  # seconds each
+        times = interleave(contestants, len(feeds), min_time=seconds, fewest=fewest)
         found[name] = _times([chosen[at] for at in now], times)
     del opened
     gc.collect()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sparse_onnx.bench.tables import markdown, number
-from sparse_onnx.bench.thresholded_variants import BEST, SHARES, Variant, recipes, variants
+from sparse_onnx.bench.thresholded_variants import BEST, OVER_ALL, SHARES, Variant, recipes, variants
 from sparse_onnx.core.calibration import CENTRES
 from sparse_onnx.core.errors import UsageError
 
@@ -32,6 +32,7 @@ _TYPES = {
     "int8-dynamic": "int8, dynamic",
     "int4": "int4",
 }
+_COLUMNS = {"channel_median": "each channel's median", "over all": "best, over all"}
 #: Losses that the summary looks for the fastest model within: of perplexity above the dense one, and of the cosine.
 _ALLOWED = {"perplexity": (0.01, 0.03, 0.1), "cosine": (0.01, 0.02, 0.05)}
 
@@ -86,7 +87,7 @@ def _told(row: Found | None, dense: Found) -> list[str]:
 def _centres(quality: Found) -> str:
     """One column a centre, two numbers a cell."""
     dense = quality["float32 dense"]
-    names = (*CENTRES, BEST)
+    names = (*CENTRES, BEST, OVER_ALL)
     lines = []
     for share in SHARES:
         rows = [quality.get(Variant("float32", kind, share).key) for kind in names]
@@ -97,7 +98,7 @@ def _centres(quality: Found) -> str:
         cells = [", ".join(cell for cell in _told(row, dense) if cell) for row in rows]
         lines.append([" to ".join(span), *cells])
     what = ", ".join(_HEADS[metric] for metric in dense["metrics"])
-    head = ["skipped", *("each channel's median" if each == "channel_median" else each for each in names)]
+    head = ["skipped", *(_COLUMNS.get(each, each) for each in names)]
     first = next(iter(dense["metrics"]))
     base = f"; dense {dense['metrics'][first][0]:.2f}" if first == "perplexity" else ""
     return f"By centre, weights in float32 ({what}{base}):\n\n{markdown(head, lines)}"
@@ -174,7 +175,7 @@ def _speed(quality: Found, times: Found, processor: str) -> Iterable[str]:
         lines = []
         for key in keys:
             variant, row = every.get(key), quality.get(key)
-            if variant is None or variant.is_recipe or variant.kind in CENTRES:
+            if variant is None or variant.is_recipe or variant.kind in (*CENTRES, OVER_ALL):
                 continue
             cells = [
                 _TYPES[variant.weights],

@@ -1,7 +1,7 @@
 """The ways to skip inputs that `bench.thresholded_models` compares, as plans out of one calibration.
 
-Our own rows give each layer its share by error for bytes over the whole model, with one centre for all layers, or with
-the best of the four for each. Recipes are what others published, with the thresholds of the same calibration:
+Our own rows skip the same share of each block and within it by error for bytes, with one centre for all layers, or with
+the best of the four for each; `over all` is the latter by error for bytes over the whole model. Recipes are what others published, with the thresholds of the same calibration:
 
     NNCF  docs of `nncf.sparsify_activations`   up and gate 30 %, down 50 %, around 0; encoders: q, k, v and up 20 %,
                                                 down 30 %
@@ -26,14 +26,14 @@ import numpy as np
 from sparse_onnx.core.calibration import CENTRES, POINTS, SPARSITIES, Calibration, SiteRecord
 from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.sparsify.allocate import LEVELS, Curve, greedy
-from sparse_onnx.sparsify.calibrated import METHODS, Costs, make_plan
+from sparse_onnx.sparsify.calibrated import METHODS, Allocation, Costs, make_plan
 from sparse_onnx.sparsify.plan import Plan, SitePlan
 
 Weights = Literal["float32", "int8", "int8-dynamic", "int4"]
 WEIGHTS: tuple[Weights, ...] = ("float32", "int8", "int8-dynamic", "int4")
 #: Of our own rows.
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-DENSE, BEST = "dense", "best"
+DENSE, BEST, OVER_ALL = "dense", "best", "over all"
 #: Which sites a recipe means by a word, by what their names hold: of transformers' models and of the zoo's.
 _ROLES = {
     "down": r"down|(?<!attention\.)output\.dense",
@@ -47,7 +47,7 @@ _BLOCK = re.compile(r"(?:layers?|h|blocks)\.([0-9]+)\.")
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """`share`: of the bytes of linear weights that our own rows and TEAL's are to skip, of the inputs of CATS's; `kind`
-    is `dense`, a centre, `best` of them, or a recipe. `shares` and `centre` are what NNCF's and SCAP's say."""
+    is `dense`, a centre, `best` of them, `over all`, or a recipe. `shares` and `centre`: NNCF's and SCAP's."""
 
     weights: Weights
     kind: str
@@ -64,7 +64,7 @@ class Variant:
 
     @property
     def is_recipe(self) -> bool:
-        return self.kind not in (DENSE, BEST, *CENTRES)
+        return self.kind not in (DENSE, BEST, OVER_ALL, *CENTRES)
 
 
 def variants(encoder: bool, bases: Sequence[str]) -> list[Variant]:
@@ -75,7 +75,7 @@ def variants(encoder: bool, bases: Sequence[str]) -> list[Variant]:
     for weights in ("int8", "int4"):
         if weights in bases:
             found += [Variant(weights, BEST, share) for share in SHARES]
-    return found + [Variant("float32", kind, share) for share in SHARES for kind in CENTRES]
+    return found + [Variant("float32", kind, share) for share in SHARES for kind in (*CENTRES, OVER_ALL)]
 
 
 def recipes(encoder: bool) -> list[Variant]:
@@ -107,9 +107,10 @@ def plan_of(variant: Variant, calibration: Calibration) -> Plan:
         return make_plan(calibration, level=level, method="cats", allocation="uniform")  # type: ignore[arg-type]
     if variant.shares:
         return _fixed(calibration, variant.shares, variant.centre)
-    if variant.kind != BEST:
+    if variant.kind in CENTRES:
         calibration = only(calibration, variant.kind)
-    return make_plan(calibration, sparsity=variant.share)
+    allocation: Allocation = "greedy" if variant.kind == OVER_ALL else "blocks"
+    return make_plan(calibration, sparsity=variant.share, allocation=allocation)
 
 
 def only(calibration: Calibration, centre: str) -> Calibration:
