@@ -1,7 +1,8 @@
 """The ways to skip inputs that `bench.thresholded_models` compares, as plans out of one calibration.
 
-Our own rows skip the same share of each block and within it by error for bytes, with one centre for all layers, or with
-the best of the four for each; `over all` is the latter by error for bytes over the whole model. Recipes are what others published, with the thresholds of the same calibration:
+Our own rows skip the same share of each block and within it by error for bytes, with one centre for all layers, or
+with the best of the four for each; `over all` is the latter by error for bytes over the whole model. Recipes are what
+others published, with the thresholds of the same calibration:
 
     NNCF  docs of `nncf.sparsify_activations`   up and gate 30 %, down 50 %, around 0; encoders: q, k, v and up 20 %,
                                                 down 30 %

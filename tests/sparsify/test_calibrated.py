@@ -138,7 +138,7 @@ def test_blocks_skip_alike_unless_all_layers_are_compared() -> None:
             sum(size * plan.sites[f"{name}{at}"].sparsity[plan.level] for name, size in sizes.items())
             for at in (0, 1)
         ]
-        assert (skipped[0] == pytest.approx(skipped[1], rel=0.02)) is alike
+        assert bool(skipped[0] == pytest.approx(skipped[1], rel=0.02)) is alike
     assert make_plan(calibration, sparsity=0.4).sites["q0"].sparsity == pytest.approx(
         make_plan(calibration, sparsity=0.4, allocation="blocks").sites["q0"].sparsity
     )
