@@ -151,8 +151,9 @@ def _similarities(rows: np.ndarray) -> np.ndarray:
 def order_of_pairs(dense: np.ndarray, now: np.ndarray) -> float:
     """Spearman's rank correlation of the similarities of all pairs, embeddings ``[N, H]``, N at least 3."""
     upper = np.triu_indices(len(dense), 1)
-    ranks = [np.argsort(np.argsort(_similarities(each)[upper])) for each in (dense, now)]
-    return float(np.corrcoef(np.stack(ranks))[0, 1])
+    ranks = [np.argsort(np.argsort(_similarities(each)[upper])).astype(np.float64) for each in (dense, now)]
+    centred = [each - each.mean() for each in ranks]
+    return float(centred[0] @ centred[1] / (centred[0] @ centred[0]))
 
 
 def same_neighbour(dense: np.ndarray, now: np.ndarray) -> float:

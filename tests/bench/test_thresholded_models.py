@@ -199,7 +199,7 @@ def test_a_file_that_is_not_the_model_is_found_out(case: Case) -> None:
 
 
 def test_a_decoded_token_reads_the_keys_of_those_before_it() -> None:
-    feeds = {
+    feeds: dict[str, np.ndarray] = {
         "input_ids": np.arange(10)[None],
         "attention_mask": np.ones((1, 10), np.int64),
         "position_ids": np.arange(10)[None],
@@ -246,7 +246,8 @@ def test_between_two_shares_a_loss_is_interpolated() -> None:
     dense = rows["float32 dense"]
     found = tables.at_bytes(rows, 0.25, dense)
     assert found is not None and found["metrics"]["perplexity"][0] == pytest.approx(22)
-    assert tables.at_bytes(rows, 0.1, dense)["metrics"]["perplexity"][0] == pytest.approx(20.5)
+    found = tables.at_bytes(rows, 0.1, dense)
+    assert found is not None and found["metrics"]["perplexity"][0] == pytest.approx(20.5)
     assert tables.at_bytes(rows, 0.4, dense) is None
     assert tables.loss("perplexity", 21.0, 20.0) == "+5.0%" and tables.loss("cosine", 0.98, 1.0) == "0.980"
 
