@@ -32,6 +32,29 @@ def blocks_of(kinds: Sequence[Hashable]) -> list[list[int]]:
     return [list(range(start, end)) for start, end in zip(starts, [*starts[1:], len(kinds)], strict=True)]
 
 
+def with_experts(
+    names: Sequence[str], kinds: Sequence[Hashable], experts: Sequence[Sequence[str]]
+) -> list[list[int]]:
+    """As `blocks_of`, with the groups of mixtures of experts, which come last in a calibration, in the blocks that they
+    are part of where there is one for each; else they are blocks of their own.
+
+    Args:
+        names: of all groups.
+        kinds: see `blocks_of`.
+        experts: names of the groups of each mixture of experts, in graph order.
+    """
+    inside = {name: at for at, block in enumerate(experts) for name in block}
+    plain = [at for at, name in enumerate(names) if name not in inside]
+    found = [[plain[at] for at in block] for block in blocks_of([kinds[at] for at in plain])]
+    own: dict[int, list[int]] = {}
+    for at, name in enumerate(names):
+        if name in inside:
+            own.setdefault(inside[name], []).append(at)
+    if len(own) == len(found):
+        return [[*block, *own[at]] for block, at in zip(found, sorted(own), strict=True)]
+    return [*found, *own.values()]
+
+
 def by_block(curves: Sequence[Curve], members: Sequence[Sequence[int]]) -> Floats:
     """The sparsity of each group at each level, ``[101, groups]``: level L skips L % of the bytes of each block.
 

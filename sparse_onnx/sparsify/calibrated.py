@@ -23,12 +23,13 @@ import numpy as np
 from sparse_onnx.core.calibration import CENTRES, POINTS, SPARSITIES, Calibration, SiteRecord
 from sparse_onnx.core.errors import ImpossibleError, UsageError
 from sparse_onnx.sparsify.allocate import LEVELS, Curve, Floats, greedy, uniform
-from sparse_onnx.sparsify.by_block import blocks_of, by_block
+from sparse_onnx.sparsify.by_block import by_block, with_experts
 from sparse_onnx.sparsify.plan import Mode, Plan, SitePlan
 
 Method = Literal["scap", "teal", "topk", "relu"]
 METHODS: tuple[Method, ...] = ("scap", "teal", "topk", "relu")
 Allocation = Literal["blocks", "greedy", "uniform"]
+Share = Callable[[Sequence[Curve]], Floats]
 ALLOCATIONS: tuple[Allocation, ...] = ("blocks", "greedy", "uniform")
 
 #: Shares below which skipping does not pay, by mode. The native kernel at 0 % is up to 10 % slower than a dense
@@ -98,7 +99,8 @@ def make_plan(
     if method == "relu":
         return _natural(costs, mode, least)
     about = round(100 * sparsity) if sparsity is not None else (_USUAL if level is None else level)
-    centres, path = _allocated(costs, method, allocation, min(about, LEVELS - 1))
+    share = _sharing(calibration, costs, allocation)
+    centres, path = _allocated(costs, method, share, min(about, LEVELS - 1))
     plans = {
         site.name: _site(site, centre, path[:, at], method)
         for at, (site, centre) in enumerate(zip(costs.sites, centres, strict=True))
@@ -125,10 +127,9 @@ def _level(costs: Costs, plans: dict[str, SitePlan], sparsity: float, least: flo
     return int(reached[0])
 
 
-def _allocated(costs: Costs, method: Method, allocation: Allocation, about: int) -> tuple[list[str], Floats]:
+def _allocated(costs: Costs, method: Method, share: Share, about: int) -> tuple[list[str], Floats]:
     """The centre of each site, and the path."""
     names = CENTRES if method == "scap" else ("zero",)
-    share = _sharing(costs, allocation)
     errors = [np.stack([_squares(site, name) for name in names]) for site in costs.sites]
     # First as if each sparsity had the centre that suits it best, then with the one that suits the sparsity it got.
     first = share(_curves(costs, [each.min(axis=0) for each in errors]))[about]
@@ -137,10 +138,12 @@ def _allocated(costs: Costs, method: Method, allocation: Allocation, about: int)
     return [names[at] for at in best], share(_curves(costs, chosen))
 
 
-def _sharing(costs: Costs, allocation: Allocation) -> Callable[[Sequence[Curve]], Floats]:
+def _sharing(calibration: Calibration, costs: Costs, allocation: Allocation) -> Share:
     if allocation != "blocks":
         return greedy if allocation == "greedy" else uniform
-    members = blocks_of([(site.rows, getattr(site, "columns", ()), site.bytes) for site in costs.sites])
+    kinds = [(site.rows, getattr(site, "columns", ()), site.bytes) for site in costs.sites]
+    experts = [block.layers for block in calibration.blocks]
+    members = with_experts([site.name for site in costs.sites], kinds, experts)
     return lambda curves: by_block(curves, members)
 
 

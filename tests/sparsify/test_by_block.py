@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparse_onnx.sparsify.allocate import LEVELS, Curve, greedy
-from sparse_onnx.sparsify.by_block import blocks_of, by_block
+from sparse_onnx.sparsify.by_block import blocks_of, by_block, with_experts
 
 STEPS = np.linspace(0, 0.95, 20)
 
@@ -51,3 +51,15 @@ def test_each_block_skips_as_much_and_within_it_the_least_error_decides() -> Non
         "the second block is the dearer one"
     )
     assert path.shape == (LEVELS, 4) and not path[0].any() and (np.diff(path, axis=0) >= 0).all()
+
+
+def test_experts_join_the_block_that_they_are_part_of() -> None:
+    names = ["q0", "o0", "q1", "o1", "up0", "down0", "up1", "down1"]
+    kinds = [name[:-1] for name in names]
+    experts = [["up0", "down0"], ["up1", "down1"]]
+    assert with_experts(names, kinds, experts) == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert with_experts(names[:6], kinds[:6], experts[:1]) == [[0, 1], [2, 3], [4, 5]], (
+        "one of two blocks has experts"
+    )
+    assert with_experts(names[:4], kinds[:4], []) == [[0, 1], [2, 3]]
+    assert with_experts(names[4:], kinds[4:], experts) == [[0, 1], [2, 3]]
