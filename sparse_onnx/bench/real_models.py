@@ -27,11 +27,11 @@ import click
 from sparse_onnx.core.errors import OutsideError, UsageError
 
 Name = Literal["smollm2", "minilm"]
-Variant = Literal["float32", "int8", "int4"]
+Variant = Literal["float32", "int8", "int8-blocks", "int4"]
 NAMES: tuple[Name, ...] = ("smollm2", "minilm")
-VARIANTS: tuple[Variant, ...] = ("float32", "int8", "int4")
+VARIANTS: tuple[Variant, ...] = ("float32", "int8", "int8-blocks", "int4")
 
-#: Elements that share a scale in the int4 variant; what ORT's quantizer and llama.cpp take.
+#: Elements that share a scale in the variants in blocks; what ORT's quantizer and llama.cpp take.
 BLOCK = 32
 
 
@@ -186,8 +186,9 @@ def exported(
 def quantized(dense: Path, variant: Variant) -> Path:
     """The same model as ORT's own tools quantize it, beside it. Output heads are quantized like all other products.
 
-    `int8`: `quantize_dynamic`, one scale a column; activations are rounded to 8 bits too. `int4`: MatMulNBits,
-    symmetric in blocks of 32, activations as they are in float32 for the kernel to round (accuracy level 4).
+    `int8`: `quantize_dynamic`, one scale a column; activations are rounded to 8 bits too. `int4` and
+    `int8-blocks`: MatMulNBits, symmetric in blocks of 32, activations as they are in float32 for the kernel to round
+    (accuracy level 4).
     """
     path = dense.with_name(f"{variant}.onnx")
     if variant == "float32" or path.exists():
@@ -207,11 +208,12 @@ def quantized(dense: Path, variant: Variant) -> Path:
             )
         else:
             import onnx
-            from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+            from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
-            quantizer = MatMulNBitsQuantizer(
-                onnx.load(folded), block_size=BLOCK, is_symmetric=True, accuracy_level=4
+            config = nbits.DefaultWeightOnlyQuantConfig(
+                block_size=BLOCK, is_symmetric=True, accuracy_level=4, bits=4 if variant == "int4" else 8
             )
+            quantizer = nbits.MatMulNBitsQuantizer(onnx.load(folded), algo_config=config)
             quantizer.process()
             quantizer.model.save_model_to_file(str(path), use_external_data_format=True)
     finally:

@@ -1,9 +1,12 @@
 """How far a layer's results move when the small values of its input are dropped.
 
-    error(c, s) = ||X W - X~ W|| / ||X W||      X~ = c where |X - c| <= tau, else X
+    error(c, s) = ||D (X W - X~ W)|| / ||D X W||      X~ = c where |X - c| <= tau, else X
+    D = diag(1 / max(||x W||, median of ||x W||))      over rows x of X
 
 over held-out rows X and all matrices W that read them. tau is the quantile s of |X - c| of other rows; at s = 0 nothing
-is dropped. Rows of a block's experts go through their own expert's matrix.
+is dropped. Rows of a block's experts go through their own expert's matrix. Without D one row decides: some layers of
+language models give the first token results hundreds of times as large as all others', next to which the loss of
+everything else is nothing.
 """
 
 from __future__ import annotations
@@ -40,11 +43,14 @@ def error_curves(
         if not len(rows):
             continue
         rows = np.ascontiguousarray(rows, np.float32)
-        whole += _square(rows @ matrix)
+        results = rows @ matrix
+        factors = row_factors(results)
+        whole += _square(factors * results)
         weigh = _Weigher(matrix, len(rows), len(distinct) * (len(SPARSITIES) - 1))
         for name in distinct:
             distance = rows - described.centre(name)
             size = np.abs(distance)
+            distance *= factors
             for some in _chunks(rows.nbytes):
                 tau = described.quantiles[name][[round(SPARSITIES[at] * 100) for at in some]]
                 dropped = size <= tau.astype(np.float32)[:, None, None]
@@ -58,10 +64,20 @@ def error_curves(
     return {name: curves[_same(name, distinct, described)] for name in CENTRES}
 
 
+def row_factors(results: np.ndarray) -> np.ndarray:
+    """What the rows of a layer's results ``[h, N]`` are multiplied by so that a large one counts no more than another:
+    ``[h, 1]``. Rows of less than the median's size count less; where all are zero the factors are 1."""
+    sizes = np.linalg.norm(results, axis=1, keepdims=True)
+    bounds = np.maximum(sizes, np.median(sizes))
+    if not bounds.any():
+        return np.ones_like(bounds)
+    return np.where(bounds > 0, 1 / np.where(bounds > 0, bounds, 1), 0).astype(results.dtype)
+
+
 def gated_errors(
     parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], quantiles: np.ndarray
 ) -> np.ndarray:
-    """||h W - h~ W|| / ||h W|| at `SPARSITIES`, where h~ is h without the units whose gate's activation is small.
+    """||D (h W - h~ W)|| / ||D h W|| at `SPARSITIES`, where h~ is h without the units whose gate's activation is small.
 
     Args:
         parts: sizes of activations and h, ``[n, I]`` each, and down ``[I, N]`` that h goes through.
@@ -73,10 +89,13 @@ def gated_errors(
         if not len(hidden):
             continue
         hidden = np.ascontiguousarray(hidden, np.float32)
-        whole += _square(hidden @ matrix)
+        results = hidden @ matrix
+        factors = row_factors(results)
+        whole += _square(factors * results)
+        levelled = factors * hidden
         weigh = _Weigher(matrix, len(hidden), len(SPARSITIES) - 1)
         for some in _chunks(hidden.nbytes):
-            lost[some] += weigh(np.where(sizes <= tau[some][:, None, None], hidden, np.float32(0)))
+            lost[some] += weigh(np.where(sizes <= tau[some][:, None, None], levelled, np.float32(0)))
     with np.errstate(divide="ignore", invalid="ignore"):
         errors = np.sqrt(lost / whole) if whole else np.full(len(lost), MOST)
     return np.where(lost > 0, np.minimum(errors, MOST), 0.0)

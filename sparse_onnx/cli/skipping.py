@@ -62,10 +62,10 @@ def thresholds(function: Command) -> Command:
     )
     @click.option(
         "--allocation",
-        metavar="greedy|uniform",
-        default="greedy",
+        metavar="blocks|greedy|uniform",
+        default="blocks",
         show_default=True,
-        help="Over layers: by output error for bytes skipped, or the same for all.",
+        help="By output error for bytes skipped: within blocks that skip alike, or over all; or the same for all.",
     )
     @click.option(
         "--threshold-mode",

@@ -54,7 +54,8 @@ class SiteRecord:
         mean, median, mode: of all values.
         channel_median: ``[K]``.
         quantiles: of ``|x - centre|`` by centre, ``[101]``, 0 to 100 %.
-        errors: ``||X W - X~ W|| / ||X W||`` on held-out rows by centre, ``[20]``, at `SPARSITIES`.
+        errors: ``||X W - X~ W|| / ||X W||`` on held-out rows by centre, ``[20]``, at `SPARSITIES`; large rows count no
+            more than the median's (`calibrate.errors`).
     """
 
     name: str

@@ -26,7 +26,8 @@ class LayerWeight:
         stored: the numbers, or the integers with their scales.
         out_in: whether it lies as ``[N, K]``.
         inputs, outputs: K and N.
-        values: the constants in the graph: the matrix, then scales and zero points where there are any.
+        values: the constants in the graph: the matrix, then scales and zero points where there are any; none for
+            integers that are a part of a stack.
     """
 
     stored: Matrix | Quantized
@@ -40,6 +41,9 @@ class LayerWeight:
         """As it is stored, scales and zero points included."""
         if isinstance(self.stored, Matrix) and self.stored.index is not None:
             return -(-self.inputs * self.outputs * self._tensors()[0].dtype.bitwidth // 8)
+        if isinstance(self.stored, Quantized) and not self.values:  # a part of a stack
+            parts = (self.stored.data, self.stored.scale, self.stored.zero_point)
+            return sum(part.nbytes for part in parts if part is not None)
         return sum(kept.nbytes for kept in self._tensors())
 
     def _tensors(self) -> list[ir.TensorProtocol]:

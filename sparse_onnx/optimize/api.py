@@ -65,7 +65,7 @@ def optimize(
     sparsity: float | None = None,
     eval_data: Sequence[str | os.PathLike[str]] = (),
     method: str = "scap",
-    allocation: str = "greedy",
+    allocation: str = "blocks",
     threshold_mode: str = "native",
     dense_first: int | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
@@ -97,7 +97,7 @@ def optimize(
         sparsity: or the share of the bytes of linear weights that they are to skip.
         eval_data: files that calibration has not seen, which quality and sparsity are measured on.
         method: of the thresholds: `scap`, `teal`, `topk`, `relu` or `cats`.
-        allocation: over layers: `greedy` by error for bytes, or `uniform`.
+        allocation: over layers: `blocks` that skip alike, within them by error for bytes; `greedy` over all; `uniform`.
         threshold_mode: `native`, `gather` or `simulate`.
         dense_first: so many first positions, and all of prefill, skip nothing; None: every token skips.
         tokenizer: of `eval_data`, where none lies beside the model.

@@ -217,7 +217,7 @@ class Thresholds:
                 "fast with the native kernels (`sparse-onnx kernels build`, sparse_onnx.register_kernels); "
                 "without them right, and not faster"
             )
-        return self._record(model, plan, record.level_input, seen), notes
+        return self.record(model, plan, record.level_input, seen), notes
 
     def set(self, model: ir.Model) -> None:
         """Sets the finished model to its level, and keeps dense what is to stay so."""
@@ -288,29 +288,38 @@ class Thresholds:
                     "allow more, or give more evaluation data; nothing was written",
                 )
 
-    def _record(
+    def record(
         self, model: ir.Model, plan: Plan, level_input: str, seen: dict[str, Seen]
     ) -> ThresholdsRecord:
+        """What the report says of a model with that plan; `seen` is what its sites skipped."""
         costs = Costs.of(self.asked.calibration, self.asked.method)
+        items_of = by_site(acting(model))
+        held = {name: sum(item.nbytes for item in items) for name, items in items_of.items()}
+        total: dict[str, float] = {site.name: site.bytes for site in costs.sites}
         reads = {site.name: read for site, read in zip(costs.sites, costs.reads, strict=True)}
-        total = {site.name: site.bytes for site in costs.sites}
         experts = {name for block in self.asked.calibration.blocks for name in block.layers}
-        experts |= {layer.name for layer in self.asked.calibration.gated if layer.block}
+        gated = {layer.name for layer in self.asked.calibration.gated if layer.block}
+        whole = costs.total
+        inside = (experts | gated) & set(held)
+        if inside:  # which are smaller than they were calibrated where this run quantized them
+            smaller = sum(held[name] for name in inside) / max(1, sum(total[name] for name in inside))
+            for name in (experts | gated) & set(total):
+                total[name], reads[name] = total[name] * smaller, reads[name] * smaller
+            every = Costs.of(self.asked.calibration)
+            own = zip(every.sites, every.reads, strict=True)
+            whole -= (1 - smaller) * sum(read for site, read in own if site.name in experts)
         rows = []
-        for name, items in by_site(acting(model)).items():
+        for name, items in items_of.items():
             site = plan.sites[name]
             measured = seen[name].share if name in seen else None
             expected = float(site.sparsity[plan.level])
-            # Of a site with layers that were refused, those that were not. Experts, whose bytes may be fewer than
-            # calibration saw, skip all together or not at all.
-            share = min(1.0, sum(item.nbytes for item in items) / max(1, total[name]))
-            share = 1.0 if name in experts else share
-            read = reads[name] * share
+            # Of a site with layers that were refused, those that were not; of experts, one token's.
+            read = reads[name] * min(1.0, held[name] / max(1, total[name]))
             skipped = read * (expected if measured is None else measured)
             rows.append(
                 SiteRecord(name, len(items), site.centring, expected, measured, round(read), round(skipped))
             )
-        whole = round(costs.total)
+        whole = round(whole)
         left_out = sum(row.bytes_skipped for row in rows)
         return ThresholdsRecord(
             calibration=self.asked.path,

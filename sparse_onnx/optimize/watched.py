@@ -73,6 +73,63 @@ class Seen:
         return self.skipped / self.inputs if self.inputs else None
 
 
+class Counted:
+    """A thresholded model in ORT at one level that counts, as it runs, what its sites skip.
+
+    Args:
+        model: in memory.
+        level_input: the input that sets the level.
+        level: it.
+        threads: of the session; None: ORT's default.
+        kernels: run the native kernels.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        level_input: str,
+        level: int,
+        threads: int | None = None,
+        kernels: bool = False,
+    ) -> None:
+        self.level = level
+        self.seen = {item.site: Seen() for item in acting(model)}
+        """By site. Those in the bodies of If, Loop and Scan cannot be watched."""
+        watch = {
+            (item.site, item.input, item.bound, item.centre): item for item in acting(model) if not item.inner
+        }
+        self._sites = [item.site for item in watch.values()]
+        self._outputs = len(model.graph.outputs)
+        copy = model.clone()
+        values = values_of(copy)
+        emit = Emitter(copy.graph, Namespace(copy), "sparse_onnx/skipping")
+        for item in watch.values():
+            skipped = _emit_skipped(emit, values, item)
+            counts = [
+                emit.op("ReduceSum", emit.op("Cast", skipped, to=ir.DataType.INT64), keepdims=0),
+                emit.op("Size", values[item.input]),
+            ]
+            for value in counts:
+                value.dtype, value.shape = ir.DataType.INT64, ir.Shape(())
+            copy.graph.outputs.extend(counts)
+        copy.graph.extend(emit.nodes)
+        self._run = Dialled(copy, level_input, threads, kernels)
+
+    def __call__(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """The model's own outputs."""
+        results = self._run(feeds, self.level)
+        for site, skipped, inputs in zip(
+            self._sites, results[self._outputs :: 2], results[self._outputs + 1 :: 2], strict=True
+        ):
+            self.seen[site].skipped += int(skipped)
+            self.seen[site].inputs += int(inputs)
+        return results[: self._outputs]
+
+    def dense(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """The model's own outputs at level 0; nothing is counted."""
+        return self._run(feeds, 0)[: self._outputs]
+
+
 def measure_skipping(
     model: ir.Model,
     level_input: str,
@@ -81,33 +138,12 @@ def measure_skipping(
     threads: int | None = None,
 ) -> dict[str, Seen]:
     """What each site skips on the runs, by name. Sites in the bodies of If, Loop and Scan cannot be watched."""
-    found = {item.site: Seen() for item in acting(model)}
-    watch = {
-        (item.site, item.input, item.bound, item.centre): item for item in acting(model) if not item.inner
-    }
-    if not watch:
-        return found
-    copy = model.clone()
-    values = values_of(copy)
-    emit = Emitter(copy.graph, Namespace(copy), "sparse_onnx/skipping")
-    outputs = len(copy.graph.outputs)
-    for item in watch.values():
-        skipped = _emit_skipped(emit, values, item)
-        counts = [
-            emit.op("ReduceSum", emit.op("Cast", skipped, to=ir.DataType.INT64), keepdims=0),
-            emit.op("Size", values[item.input]),
-        ]
-        for value in counts:
-            value.dtype, value.shape = ir.DataType.INT64, ir.Shape(())
-        copy.graph.outputs.extend(counts)
-    copy.graph.extend(emit.nodes)
-    run = Dialled(copy, level_input, threads)
+    if all(item.inner for item in acting(model)):
+        return {item.site: Seen() for item in acting(model)}
+    run = Counted(model, level_input, level, threads)
     for feeds in runs:
-        results = run(feeds, level)[outputs:]
-        for at, item in enumerate(watch.values()):
-            found[item.site].skipped += int(results[2 * at])
-            found[item.site].inputs += int(results[2 * at + 1])
-    return found
+        run(feeds)
+    return run.seen
 
 
 def _emit_skipped(emit: Emitter, values: dict[str, ir.Value], item: Acting) -> ir.Value:

@@ -16,7 +16,7 @@ rows, each at the sparsity that its site gets; 0 is always among them: a centre 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -31,12 +31,14 @@ from sparse_onnx.core.calibration import (
 )
 from sparse_onnx.core.errors import ImpossibleError, UsageError
 from sparse_onnx.sparsify.allocate import LEVELS, Curve, Floats, greedy, uniform
+from sparse_onnx.sparsify.by_block import by_block, with_experts
 from sparse_onnx.sparsify.plan import Mode, Plan, SitePlan
 
 Method = Literal["scap", "teal", "topk", "relu", "cats"]
 METHODS: tuple[Method, ...] = ("scap", "teal", "topk", "relu", "cats")
-Allocation = Literal["greedy", "uniform"]
-ALLOCATIONS: tuple[Allocation, ...] = ("greedy", "uniform")
+Allocation = Literal["blocks", "greedy", "uniform"]
+ALLOCATIONS: tuple[Allocation, ...] = ("blocks", "greedy", "uniform")
+Share = Callable[[Sequence[Curve]], Floats]
 
 #: Shares below which skipping does not pay, by mode. The native kernel at 0 % is up to 10 % slower than a dense
 #: product in float32 and int4, and up to 20 % in int8, where 10 to 20 % skipped may not pay yet. Gathering rows copies
@@ -73,7 +75,7 @@ def make_plan(
     sparsity: float | None = None,
     level: int | None = None,
     method: Method = "scap",
-    allocation: Allocation = "greedy",
+    allocation: Allocation = "blocks",
     mode: Mode = "native",
     least: float | None = None,
 ) -> Plan:
@@ -84,7 +86,8 @@ def make_plan(
         sparsity: share of the bytes of linear weights that are to be skipped, 0 to 1; chooses the level.
         level: instead of it; None without a sparsity is level 0.
         method: see above; `relu` needs no sparsity.
-        allocation: `greedy` by error for bytes, `uniform` the same sparsity everywhere.
+        allocation: `greedy` by error for bytes, `blocks` so within blocks that skip alike, `uniform` the same sparsity
+            everywhere.
         mode: see `Plan`.
         least: sites that skip less stay dense; None takes what pays in that mode.
 
@@ -111,7 +114,8 @@ def make_plan(
     if method == "relu":
         return _natural(costs, mode, least)
     about = round(100 * sparsity) if sparsity is not None else (_USUAL if level is None else level)
-    centres, path = _allocated(costs, method, allocation, min(about, LEVELS - 1))
+    share = _sharing(calibration, costs, allocation)
+    centres, path = _allocated(costs, method, share, min(about, LEVELS - 1))
     plans = {
         site.name: _site(site, centre, path[:, at], method)
         for at, (site, centre) in enumerate(zip(costs.sites, centres, strict=True))
@@ -138,16 +142,24 @@ def _level(costs: Costs, plans: dict[str, SitePlan], sparsity: float, least: flo
     return int(reached[0])
 
 
-def _allocated(costs: Costs, method: Method, allocation: Allocation, about: int) -> tuple[list[str], Floats]:
+def _allocated(costs: Costs, method: Method, share: Share, about: int) -> tuple[list[str], Floats]:
     """The centre of each site, and the path."""
     names = CENTRES if method == "scap" else ("zero",)
-    share = greedy if allocation == "greedy" else uniform
     errors = [np.stack([_squares(site, name) for name in names]) for site in costs.sites]
     # First as if each sparsity had the centre that suits it best, then with the one that suits the sparsity it got.
     first = share(_curves(costs, [each.min(axis=0) for each in errors]))[about]
     best = [_best(each, at) for each, at in zip(errors, first, strict=True)]
     chosen = [each[at] for each, at in zip(errors, best, strict=True)]
     return [names[at] for at in best], share(_curves(costs, chosen))
+
+
+def _sharing(calibration: Calibration, costs: Costs, allocation: Allocation) -> Share:
+    if allocation != "blocks":
+        return greedy if allocation == "greedy" else uniform
+    kinds = [(site.rows, getattr(site, "columns", ()), site.bytes) for site in costs.sites]
+    experts = [block.layers for block in calibration.blocks]
+    members = with_experts([site.name for site in costs.sites], kinds, experts)
+    return lambda curves: by_block(curves, members)
 
 
 def _best(errors: Floats, sparsity: float) -> int:

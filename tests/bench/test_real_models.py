@@ -108,7 +108,12 @@ def test_weights_that_an_exporter_transposes_are_quantized(tmp_path: Path) -> No
     x = rng.standard_normal((5, 64)).astype(np.float32)
     expected = run(dense, x)
     assert real_models.quantized(dense, "float32") == dense
-    for variant, operator, error in (("int8", "MatMulInteger", 0.03), ("int4", "MatMulNBits", 0.2)):
+    wanted = (
+        ("int8", "MatMulInteger", 0.03),
+        ("int8-blocks", "MatMulNBits", 0.03),
+        ("int4", "MatMulNBits", 0.2),
+    )
+    for variant, operator, error in wanted:
         path = real_models.quantized(dense, variant)
         assert [node.op_type for node in onnx.load(path, load_external_data=False).graph.node].count(
             operator

@@ -105,7 +105,16 @@ def test_errors_are_those_of_the_thresholded_layer(
         found = error_curves(((rows, matrix) for matrix in matrices), described)
     finally:
         errors._GRAM = before
-    whole = np.concatenate([rows.astype(np.float64) @ matrix for matrix in matrices], axis=1)
+    parts = [rows.astype(np.float64) @ matrix for matrix in matrices]
+    sizes = [np.linalg.norm(part, axis=1, keepdims=True) for part in parts]
+    levelled = np.concatenate(
+        [
+            np.broadcast_to(np.maximum(size, np.median(size)), part.shape)
+            for size, part in zip(sizes, parts, strict=True)
+        ],
+        axis=1,
+    )
+    whole = np.concatenate(parts, axis=1)
     for name in CENTRES:
         centre = np.broadcast_to(described.centre(name), inputs)
         for share, error in zip(SPARSITIES, found[name], strict=True):
@@ -114,8 +123,23 @@ def test_errors_are_those_of_the_thresholded_layer(
                 [thresholded_reference(rows, matrix, tau, centre, centre @ matrix) for matrix in matrices],
                 axis=1,
             )
-            expected = np.linalg.norm(sparse - whole) / np.linalg.norm(whole)
+            expected = np.linalg.norm((sparse - whole) / levelled) / np.linalg.norm(whole / levelled)
             np.testing.assert_allclose(error, expected, rtol=2e-3, atol=1e-5)
+
+
+def test_one_huge_row_does_not_decide() -> None:
+    """The first token of many language models: what is lost of all other tokens must still be seen."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((64, 32)).astype(np.float32)
+    matrix = rng.standard_normal((32, 16)).astype(np.float32)
+    described = describe(rng.standard_normal((200, 32)).astype(np.float32))
+    plain = error_curves([(rows, matrix)], described)["zero"]
+    rows[0] *= 1000
+    found = error_curves([(rows, matrix)], described)["zero"]
+    np.testing.assert_allclose(found, plain, rtol=0.05)
+    factors = errors.row_factors(np.array([[0.0, 0.0], [3.0, 4.0], [0.0, 5.0], [300.0, 400.0]]))
+    np.testing.assert_allclose(factors[:, 0], [0.2, 0.2, 0.2, 0.002])
+    np.testing.assert_array_equal(errors.row_factors(np.array([[0.0], [0.0], [2.0]])), [[0], [0], [0.5]])
 
 
 def test_results_that_are_all_zero_have_finite_errors() -> None:

@@ -50,7 +50,7 @@ def test_defaults(received: dict[str, Any]) -> None:
         "sparsity": None,
         "eval_data": (),
         "method": "scap",
-        "allocation": "greedy",
+        "allocation": "blocks",
         "threshold_mode": "native",
         "dense_first": None,
         "tokenizer": None,

@@ -68,6 +68,10 @@ def test_quantized_experts_skip_too(folder: Path, bits: str) -> None:
     kinds = [node.op_type for node in io.load(folder / "out.onnx").graph]
     assert kinds.count("ThresholdedLinearNBits") == 2 * 2 * SHAPE.experts and "MatMulNBits" not in kinds
     assert any("thresholded layers agree with numpy" in note for note in report.notes)
+    assert report.thresholds.share_skipped == pytest.approx(0.4, abs=0.03), "of the bytes as they are stored"
+    values = (2 * 48 + 48) * 32 * SHAPE.top_k * 2
+    weights = values // (2 if bits == "int4" else 1)
+    assert weights <= report.thresholds.bytes < weights * 1.6, "scales of 16 inputs, zero points"
 
 
 def test_a_form_of_one_operator_gives_way(folder: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_centre_that_is_better_only_elsewhere_is_not_taken() -> None:
 def test_natural_zeros_cost_nothing_and_are_counted() -> None:
     free = tuple(np.maximum(0, STEPS - 0.6).tolist())
     relu = dataclasses.replace(site("relu", zeros=0.6), errors=dict.fromkeys(CENTRES, free))
-    plan = make_plan(document(relu, site("other")), sparsity=0.3, method="teal")
+    plan = make_plan(document(relu, site("other")), sparsity=0.3, method="teal", allocation="greedy")
     at = plan.level
     assert plan.sites["relu"].table[at] == 0 and plan.sites["relu"].sparsity[at] == pytest.approx(0.6)
     assert plan.sites["other"].table[at] == -1
@@ -168,3 +168,24 @@ def test_gates_that_are_zero_by_themselves_count() -> None:
     calibration = dataclasses.replace(document(site("s", 3000)), gated=(gate("mlp", 2000, zeros=0.6),))
     plan = make_plan(calibration, sparsity=0.1, method="cats")
     assert plan.sites["mlp"].sparsity[plan.level] == 0.6 and plan.sites["mlp"].table[plan.level] == 0
+
+
+def test_blocks_skip_alike_unless_all_layers_are_compared() -> None:
+    """Two blocks of two layers, told by their sizes; the second is ten times as sensitive."""
+    sizes = {"q": 1000, "d": 3000}
+    every = [
+        site(f"{name}{at}", size, zero=factor)
+        for at, factor in ((0, 1.0), (1, 10.0))
+        for name, size in sizes.items()
+    ]
+    calibration = document(*every)
+    for allocation, alike in (("blocks", True), ("greedy", False)):
+        plan = make_plan(calibration, sparsity=0.4, method="teal", allocation=allocation)  # type: ignore[arg-type]
+        skipped = [
+            sum(size * plan.sites[f"{name}{at}"].sparsity[plan.level] for name, size in sizes.items())
+            for at in (0, 1)
+        ]
+        assert bool(skipped[0] == pytest.approx(skipped[1], rel=0.02)) is alike
+    assert make_plan(calibration, sparsity=0.4).sites["q0"].sparsity == pytest.approx(
+        make_plan(calibration, sparsity=0.4, allocation="blocks").sites["q0"].sparsity
+    )
