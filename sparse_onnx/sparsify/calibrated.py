@@ -157,7 +157,10 @@ def _sharing(calibration: Calibration, costs: Costs, allocation: Allocation) -> 
     if allocation != "blocks":
         return greedy if allocation == "greedy" else uniform
     kinds = [(site.rows, getattr(site, "columns", ()), site.bytes) for site in costs.sites]
-    experts = [block.layers for block in calibration.blocks]
+    experts = [
+        (*block.layers, *(layer.name for layer in calibration.gated if layer.block == block.name))
+        for block in calibration.blocks
+    ]
     members = with_experts([site.name for site in costs.sites], kinds, experts)
     return lambda curves: by_block(curves, members)
 
