@@ -32,7 +32,7 @@ def write(source: Path, out: Path, plan: Plan | None, quantize: Literal["int8", 
         settings["insert_thresholds"] = {}
     steps = [
         dataclasses.replace(step, run=dataclasses.replace(step.run, plan=plan))
-        if isinstance(step.run, InsertThresholds)
+        if plan is not None and isinstance(step.run, InsertThresholds)
         else step
         for step in runner.plan(profile.form_names, settings)
     ]

@@ -120,6 +120,7 @@ class Examiner:
             mode="native",
             dense_first=None,
             tokenizer=None,
+            prefill="shared",
         )
         source = self.case.bases[variant.weights].path
         report = Thresholds(asked, io.load(source), source, calibration.fingerprint, self.threads, None)

@@ -24,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 
-from sparse_onnx.core.calibration import CENTRES, POINTS, SPARSITIES, Calibration, SiteRecord
+from sparse_onnx.core.calibration import CENTRES, POINTS, SPARSITIES, Calibration, GatedRecord, SiteRecord
 from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.sparsify.allocate import LEVELS, Curve, greedy
 from sparse_onnx.sparsify.calibrated import METHODS, Allocation, Costs, make_plan
@@ -163,7 +163,7 @@ def _by_block(calibration: Calibration, share: float) -> Plan:
     return Plan(plans, round(100 * share), "native", False, 0.0)
 
 
-def _site(site: SiteRecord, centre: str, path: np.ndarray) -> SitePlan:
+def _site(site: SiteRecord | GatedRecord, centre: str, path: np.ndarray) -> SitePlan:
     value = np.atleast_1d(np.array(site.centre(centre), np.float32))
     quantiles = np.interp(path * (POINTS - 1), np.arange(POINTS), site.quantiles[centre])
     return SitePlan(site.name, value, np.where(path > 0, quantiles, -1.0), path, centre)

@@ -37,7 +37,8 @@ def _draws(node: fx.Node) -> bool:
         return False
     switches = []
     for place, argument in enumerate(target._schema.arguments):
-        if argument.name in _SWITCHES:
+        rate = argument.name == "p" and "dropout" in target._schema.name
+        if rate or argument.name in _SWITCHES:
             given = node.args[place] if place < len(node.args) else argument.default_value
             switches.append(bool(node.kwargs.get(argument.name, given)))
     return all(switches)

@@ -89,7 +89,7 @@ def replaced() -> Iterator[None]:
 def _function(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def function(x: Tensor, state: Any, weights: Any, *settings: Any) -> Any:
         """Of `torch.gru(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)`."""
-        packed = len(settings) != 6 or isinstance(weights, Tensor)
+        packed = not isinstance(settings[0], bool)  # then weights come there, behind sizes and states
         states = state if isinstance(state, (tuple, list)) else (state, state)
         if packed or states[0].shape[-1] != states[-1].shape[-1]:
             return original(x, state, weights, *settings)

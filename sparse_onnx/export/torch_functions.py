@@ -122,7 +122,8 @@ def _attention(
     """torch.onnx translates that of four axes only."""
     given = (query, key, value)
     mask = args[0] if args else kwargs.get("attn_mask")
-    if any(each.dim() != 3 for each in given) or (mask is not None and mask.dim() > 3):
+    axes = {each.dim() for each in given}
+    if axes != {3} or kwargs.get("enable_gqa") or (mask is not None and mask.dim() not in (2, 3)):
         return original(*given, *args, **kwargs)
     if mask is not None and mask.dim() == 3:
         mask = mask.unsqueeze(1)

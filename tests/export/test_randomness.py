@@ -33,6 +33,8 @@ class Gate(nn.Module):
             scores = F.dropout(scores, 0.5, self.training) + (
                 torch.randn_like(scores) if self.training else 0
             )
+        elif self.noise == "no dropout":
+            scores = F.dropout(scores, 0.0)  # training=True
         elif self.noise == "attention":
             scores = scores + F.scaled_dot_product_attention(x, x, x, dropout_p=0.0).mean(-1, keepdim=True)
         elif self.noise == "unused":
@@ -56,7 +58,7 @@ def test_random(noise: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("noise", ["none", "training", "attention", "unused"])
+@pytest.mark.parametrize("noise", ["none", "training", "attention", "no dropout", "unused"])
 def test_not_random(noise: str, tmp_path: Path) -> None:
     exported(noise, tmp_path)
     assert (tmp_path / "m.onnx").exists()

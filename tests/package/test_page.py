@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 import sparse_onnx
 from sparse_onnx.bench.page import browse
 from sparse_onnx.cli import main
-from sparse_onnx.core.errors import ImpossibleError, UsageError, VerificationError
+from sparse_onnx.core.errors import ImpossibleError, UsageError
 from sparse_onnx.graph import io
 from sparse_onnx.package import page as pages
 from sparse_onnx.targets import runtimes
@@ -176,7 +176,7 @@ def language_model(words: int, *sizes: object, ids: int = TensorProto.INT64) -> 
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        (language_model(256, "batch", "sequence"), "its choice of experts is no value of the main graph"),
+        (language_model(256, "batch", "sequence"), "no block tells which experts each token takes: "),
         (language_model(300, "batch", "sequence"), "vocabulary of 300"),
         (language_model(256, "batch", 8), "fixed size"),
         (language_model(256, 2, "sequence"), "fixed size"),
@@ -203,11 +203,25 @@ def test_a_tokenizer_is_not_ignored(lowered: Path, tmp_path: Path) -> None:
 def test_what_is_not_the_choice_of_experts_is_not_shown(
     lowered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The names come from the model's metadata, which other tools can make wrong."""
+    """The names come from the model's metadata, which other tools can make wrong; and blocks may run on some tokens."""
+    right, seen = pages._in_range, []
+    monkeypatch.setattr(
+        pages, "_in_range", lambda *given: seen.append(given) or (len(seen) > 1 and right(*given))
+    )
+    report = sparse_onnx.package(lowered, tmp_path / "some", target="wasm")
+    assert (
+        "does not show the experts of layers.0.moe.experts: what it chooses is not for each token"
+        in "".join(report.notes)
+    )
+    shown = json.loads((tmp_path / "some" / "manifest.json").read_text())["page"]["experts"]
+    assert [each["block"] for each in shown] == [f"layers.{at}.moe.experts" for at in (1, 2, 3)]
     monkeypatch.setattr(pages, "_in_range", lambda chosen, experts: False)
-    with pytest.raises(VerificationError, match="is not the experts of each token"):
-        sparse_onnx.package(lowered, tmp_path / "out", target="wasm")
-    assert not (tmp_path / "out").exists()
+    report = sparse_onnx.package(lowered, tmp_path / "none", target="wasm")
+    assert "no block tells which experts each token takes" in "".join(report.notes)
+    assert not (tmp_path / "none" / "page.onnx").exists() and not (tmp_path / "none" / "index.html").exists()
+    with pytest.raises(ImpossibleError, match="no block tells"):
+        sparse_onnx.package(lowered, tmp_path / "asked", target="wasm", page=True)
+    assert not (tmp_path / "asked").exists()
 
 
 def test_the_command(lowered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,10 +86,11 @@ function describe(row) {
 
 const received = {
   loading({ name, bytes }) { say(`Loading ${name}${bytes ? ` (${(bytes / 1e6).toFixed(1)} MB)` : ''} …`); },
-  ready({ experts, provider, library, error, hashed, bytes }) {
+  ready({ experts, provider, library, error, hashed, unchecked, bytes }) {
     layers = experts;
     head();
-    const how = hashed ? 'files checked' : 'only the sizes of files checked, for sha256 needs https or localhost';
+    const all = hashed ? 'files checked' : 'only the sizes of files checked, for sha256 needs https or localhost';
+    const how = unchecked.length ? `${all}, but for ${unchecked.join(' and ')}` : all;
     say(`Ready: ${(bytes / 1e6).toFixed(1)} MB of weights, ${library} on ${provider}; ${how}, outputs right ` +
       `(error ${error.toPrecision(2)}).`);
     $('controls').disabled = false;

@@ -11,6 +11,7 @@ const breathe = () => new Promise((resolve) => {
 
 let [manifest, page, ort, session] = [];
 let stopped = false;
+const unchecked = [];
 
 async function fetched(name, missing) {
   let response;
@@ -25,7 +26,10 @@ async function checked(name, missing = `${name} is missing: copy the package aga
   const known = manifest.files[name];
   postMessage({ is: 'loading', name, bytes: known?.bytes });
   const bytes = await fetched(name, missing);
-  if (!known) return bytes;
+  if (!known) {
+    unchecked.push(name);
+    return bytes;
+  }
   if (bytes.length !== known.bytes) refuse(`${name} has ${bytes.length} bytes instead of ${known.bytes}: copy it again`);
   if (!globalThis.crypto?.subtle) return bytes;
   const hash = new Uint8Array(await crypto.subtle.digest('SHA-256', bytes));
@@ -79,7 +83,7 @@ async function load() {
   }
   postMessage({
     is: 'ready', experts: page.experts, provider: page.provider, library: `${library} ${have}`, error,
-    hashed: Boolean(globalThis.crypto?.subtle), bytes: manifest.memory.weight_bytes,
+    hashed: Boolean(globalThis.crypto?.subtle), unchecked, bytes: manifest.memory.weight_bytes,
   });
 }
 
