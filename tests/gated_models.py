@@ -18,6 +18,7 @@ class Net:
 
     Attributes:
         spelling: of products: matmul, gemm or transposed.
+        bare: neither norm nor residual: a layer reads the layer before it.
         spoil: what is done to make the last layer none that can be proved; see `_spoilt`.
     """
 
@@ -28,6 +29,7 @@ class Net:
     spelling: str = "matmul"
     biases: bool = True
     dtype: str = "float32"
+    bare: bool = False
     spoil: str = ""
     seed: int = 0
 
@@ -55,8 +57,10 @@ def gated_model(net: Net = Net()) -> onnx.ModelProto:
     every, x, extra = numbers(net), "x", []
     for at in range(net.layers):
         p, spoil = f"layers.{at}.", net.spoil if at == net.layers - 1 else ""
-        nodes.append(helper.make_node("LayerNormalization", [x, "norm"], [p + "n"], name=p + "n", axis=-1))
-        read = {"gate": p + "n", "up": x if spoil == "other rows" else p + "n"}
+        n = x if net.bare else p + "n"
+        if not net.bare:
+            nodes.append(helper.make_node("LayerNormalization", [x, "norm"], [n], name=n, axis=-1))
+        read = {"gate": n, "up": x if spoil == "other rows" else n}
         for role in ("gate", "up"):
             nodes += _linear(net, p + role, read[role], every, stored)
         gate, up = p + "gate.result", p + "up.result"
@@ -77,8 +81,9 @@ def gated_model(net: Net = Net()) -> onnx.ModelProto:
             nodes.append(helper.make_node("Reshape", [h, p + "shape"], [p + "r"], name=p + "r"))
             h = p + "r"
         nodes += _linear(net, p + "down", h, every, stored)
-        nodes.append(helper.make_node("Add", [x, p + "down.result"], [p + "out"], name=p + "out"))
-        x = p + "out"
+        if not net.bare:
+            nodes.append(helper.make_node("Add", [x, p + "down.result"], [p + "out"], name=p + "out"))
+        x = p + ("down.result" if net.bare else "out")
         extra = {"up is read": [up], "the product is read": [p + "h"]}.get(spoil, extra)
     nodes.append(helper.make_node("Identity", [x], ["y"], name="y"))
     outputs = [helper.make_tensor_value_info("y", kind, ["T", net.width])]
@@ -157,7 +162,9 @@ def expected(net: Net, x: np.ndarray, taus: list[float]) -> np.ndarray:
     every = {name: array.astype(np.float64) for name, array in numbers(net).items()}
     x = x.astype(np.float64)
     for at, tau in enumerate(taus):
-        n = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
+        n = x
+        if not net.bare:
+            n = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
 
         def linear(role: str, rows: np.ndarray, p: str = f"layers.{at}.") -> np.ndarray:
             bias = every[f"{p}{role}.bias"] if net.biases else 0.0
@@ -165,7 +172,7 @@ def expected(net: Net, x: np.ndarray, taus: list[float]) -> np.ndarray:
 
         a = activation(net.activation, linear("gate", n))
         h = np.where(np.abs(a) <= tau, 0, a * linear("up", n))
-        x = x + linear("down", h)
+        x = linear("down", h) + (0 if net.bare else x)
     return x
 
 

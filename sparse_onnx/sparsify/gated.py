@@ -25,6 +25,7 @@ from sparse_onnx.graph.build import Emitter, Namespace
 from sparse_onnx.graph.external import read_array
 from sparse_onnx.matching.gated import GatedLayer
 from sparse_onnx.matching.layer_weights import LayerWeight
+from sparse_onnx.matching.layers import layer as fresh
 from sparse_onnx.matching.values import tensor
 from sparse_onnx.sparsify.emit import Threshold
 from sparse_onnx.sparsify.layers import FLOATS, Product, biased, drop, initializer, obstacle
@@ -185,10 +186,12 @@ def rewrite_gated(names: Namespace, layer: GatedLayer, threshold: Threshold) -> 
         )
         tag(down.node, entry)
         return
+    reads = fresh(layer.up.node)  # now, since rewriting the layer before it may have replaced its input
+    assert reads is not None
     last, bias = biased(down)
     up = _product(by_unit(layer.up.weight), layer.up_bias, "by_unit")
     gated = Gated(up, _product(down.weight, bias, "down"))
-    result = emit_gated(emit, layer.activated, layer.up.input, layer.activated.dtype, gated, threshold)
+    result = emit_gated(emit, layer.activated, reads.input, layer.activated.dtype, gated, threshold)
     unread = [layer.product.producer(), *_behind(layer)]
     emit.replace(last, result)
     drop(down)
