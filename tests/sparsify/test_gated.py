@@ -16,6 +16,7 @@ from harness import run_model
 from onnx import helper, numpy_helper
 
 from sparse_onnx.kernels import build
+from sparse_onnx.optimize.kept_weights import compare_weights
 from sparse_onnx.optimize.watched import EXACT, Dialled, check_layers, measure_skipping
 from sparse_onnx.passes.insert_thresholds import InsertThresholds
 from sparse_onnx.sparsify.plan import MODES, Mode
@@ -47,6 +48,26 @@ def test_every_mode_is_what_numpy_says(mode: Mode, activation: str, spelling: st
             assert not close(plain, run_model(changed, feeds)[0], 1e-2), "the level it was made for is not"
     reached, error = check_layers(changed, LEVEL, 50, [rows(net, 9)], kernels=False)
     assert reached == 2 and error < 2e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_one_bias_of_all_units(mode: Mode, shape: tuple[int, ...]) -> None:
+    model = gated_model()
+    for item in model.graph.initializer:
+        if item.name.endswith("up.bias"):
+            item.CopyFrom(numpy_helper.from_array(np.full(shape, 0.7, np.float32), item.name))
+    changed, outcome = after(model, mode)
+    assert outcome.rewritten == 2
+    dense = prepared(ir.from_proto(copy.deepcopy(model)))
+    for tokens in (1, 5):
+        feeds = rows(Net(), tokens)
+        plain = run_model(dense, feeds)[0]
+        assert close(plain, run_model(changed, feeds | {LEVEL: np.array(0)})[0], 1e-6)
+    reached, error = check_layers(changed, LEVEL, 50, [rows(Net(), 9)], kernels=False)
+    assert reached == 2 and error < 2e-6
+    if mode != "simulate":
+        assert compare_weights(dense, changed) == 2
 
 
 def test_the_native_kernels_run_it(tmp_path: Path) -> None:
