@@ -78,9 +78,9 @@ def weights_obstacle(
     return None
 
 
-def gated_opset(up: LayerWeight, dtype: ir.DataType | None, mode: Mode) -> int:
-    """The oldest that a layer without an obstacle can be written in."""
-    found = operands(by_unit(up), dtype, "") if mode == "native" else ""
+def gated_opset(down: LayerWeight, dtype: ir.DataType | None, mode: Mode) -> int:
+    """The oldest that a layer without an obstacle, whose up is stored as down is, can be written in."""
+    found = operands(down, dtype, "") if mode == "native" else ""
     return 18 if isinstance(found, str) else GATED_OPSET[_OPS[found.op]]
 
 

@@ -89,6 +89,4 @@ class GatedExperts(ExpertWeights):
 
 def experts_gated_opset(block: MoEBlock, mode: Mode) -> int:
     """The oldest that a block without an obstacle can be written in."""
-    if block.spec.gate_layout is GateLayout.CONCATENATED:
-        return 18
-    return gated_opset(expert_weight(block, "up", 0), block.dtype, mode)
+    return gated_opset(expert_weight(block, block.spec.roles[-1], 0), block.dtype, mode)

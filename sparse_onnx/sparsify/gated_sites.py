@@ -51,7 +51,7 @@ class GatedSite:
         """The oldest that it can be written in, without an obstacle."""
         if isinstance(self.of, MoEBlock):
             return experts_gated_opset(self.of, mode)
-        return gated_opset(self.of.up.weight, self.dtype, mode)
+        return gated_opset(self.of.down.weight, self.dtype, mode)
 
 
 @dataclasses.dataclass(frozen=True)
