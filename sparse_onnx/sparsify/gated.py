@@ -143,7 +143,9 @@ def emit_masked_product(emit: Emitter, a: ir.Value, h: ir.Value, threshold: Thre
 
 def _bias(names: Namespace, product: Product, width: int, dtype: ir.DataType) -> ir.Value:
     kept = np.zeros(1) if product.bias is None else read_array(product.bias).reshape(-1)
-    numbers = np.broadcast_to(kept.astype(dtype.numpy()), (width,)).copy()  # one number may stand for all units
+    numbers = np.broadcast_to(
+        kept.astype(dtype.numpy()), (width,)
+    ).copy()  # one number may stand for all units
     held = ir.Tensor(numbers, dtype, name=f"{product.name}.added")
     return names.initializer(product.home, (dtype, numbers.tobytes(), "added"), held)
 

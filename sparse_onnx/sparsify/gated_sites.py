@@ -96,7 +96,9 @@ def write_gated(
         none = constants.constant(np.zeros(1, site.dtype.numpy()))
         if isinstance(site.of, MoEBlock):
             entry = ExpertThreshold(site.name, bound.name or "", none.name or "", plan.mode, False)
-            block = MoEBlock.of(site.node)  # now, since rewriting what stands before it may have replaced its tokens
+            block = MoEBlock.of(
+                site.node
+            )  # now, since rewriting what stands before it may have replaced its tokens
             assert block is not None
             mark(apart(block, names).node, GATED_ROLE, entry)
         else:

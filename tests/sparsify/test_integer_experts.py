@@ -1,4 +1,4 @@
-"""Experts of integers that skip inputs or units: the opset that they need."""
+"""Experts of integers that skip inputs or units: the opset that they need, and no branches."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from quantized_blocks import Storage, quantized_model
 
 from sparse_onnx.core.passes import Outcome
 from sparse_onnx.optimize.watched import Dialled, check_layers
+from sparse_onnx.passes.branch_experts import BranchExperts
 from sparse_onnx.passes.fuse_gating import FuseGating
 from sparse_onnx.passes.insert_thresholds import InsertThresholds
 
@@ -55,3 +56,20 @@ def test_the_model_becomes_as_new_as_the_operators(opset: int, separate: bool, s
         assert close(plain, off, 1e-5)
     reached, _ = check_layers(model, LEVEL, 50, [feeds(20)], kernels=False)
     assert reached == 4 * (1 if skipped == "gated" else 3 if separate else 2)
+
+
+@pytest.mark.parametrize("style", ["expert", "group"])
+@pytest.mark.parametrize("skipped", PLANS)
+def test_they_are_not_put_into_branches(skipped: str, style: str) -> None:
+    for mode in ("native", "simulate"):
+        model = block(21, True)
+        InsertThresholds(PLANS[skipped](model, mode))(model)
+        outcome = BranchExperts(style=style)(model)
+        assert isinstance(outcome, Outcome)
+        if mode == "native":
+            [refusal] = outcome.refusals
+            assert outcome.rewritten == 0 and "integers in a branch" in refusal.reason
+            assert "grouped" in refusal.hint
+        else:
+            assert outcome.rewritten == 1 and not outcome.refusals
+            run_model(model, feeds(5))
