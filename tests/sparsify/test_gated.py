@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from builders import Shape, routed_model
 from dense_layers import prepared
 from gated_after import LEVEL, TABLE, after, close, plan_for
 from gated_models import Net, expected, gated_model, rows
@@ -20,7 +23,7 @@ from sparse_onnx.optimize.kept_weights import compare_weights
 from sparse_onnx.optimize.watched import EXACT, Dialled, check_layers, measure_skipping
 from sparse_onnx.passes.insert_thresholds import InsertThresholds
 from sparse_onnx.sparsify.plan import MODES, Mode
-from sparse_onnx.sparsify.record import acting
+from sparse_onnx.sparsify.record import ACTING_KEY, acting
 from sparse_onnx.targets import session as sessions
 
 
@@ -196,6 +199,33 @@ def test_a_layer_that_skips_too_little_stays_dense() -> None:
     plan = plan_for(model, "native", least=0.6)
     outcome = InsertThresholds(plan)(model)
     assert not outcome.modified and "does not pay" in outcome.refusals[0].reason and not acting(model)
+
+
+def test_what_older_versions_wrote_is_read() -> None:
+    model, _ = after(gated_model(), "native")
+    [first, second] = acting(model)
+    node = next(node for node in model.graph if ACTING_KEY in node.metadata_props)
+    entry = json.loads(node.metadata_props[ACTING_KEY])
+    for name in ("rows", "up", "up_bias"):
+        del entry[name]
+    node.metadata_props[ACTING_KEY] = json.dumps(entry)
+    assert acting(model) == [dataclasses.replace(first, rows=""), second]
+    del entry["bound"]
+    node.metadata_props[ACTING_KEY] = json.dumps(entry)
+    assert acting(model) == [second]
+
+
+def test_a_bias_of_both_gate_and_up_that_is_quantized() -> None:
+    model = ir.to_proto(routed_model(Shape(biases=True)))
+    [bias] = [item for item in model.graph.initializer if item.name == "fc1_bias"]
+    numbers = np.random.default_rng(0).integers(-9, 9, tuple(bias.dims)).astype(np.int8)
+    bias.CopyFrom(numpy_helper.from_array(numbers, "q"))
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.1), "s"))
+    model.graph.node.insert(0, helper.make_node("DequantizeLinear", ["q", "s"], ["fc1_bias"], name="dq"))
+    changed = prepared(ir.from_proto(model))
+    outcome = InsertThresholds(plan_for(changed, "native"))(changed)
+    assert not outcome.modified and not acting(changed)
+    assert any("bias of its experts' gate and up" in refusal.reason for refusal in outcome.refusals)
 
 
 def test_a_second_time_is_refused_and_the_bytes_are_the_same() -> None:
