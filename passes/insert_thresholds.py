@@ -23,7 +23,8 @@ Scan bodies.
 
 Refused, with the reason: routers, output heads and embeddings; layers whose share is too small to pay; layers of
 other types than float32, float16 and bfloat16; products of activations that are rounded to 8 bits; integers in blocks
-that do not divide their axis; models that have thresholds already.
+that do not divide their axis, and such in front of an If, Loop or Scan whose body reads them (mode native); models that
+have thresholds already.
 """
 
 from __future__ import annotations

@@ -178,3 +178,55 @@ def expected(net: Net, x: np.ndarray, taus: list[float]) -> np.ndarray:
 
 def rows(net: Net, tokens: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {"x": np.random.default_rng(seed).standard_normal((tokens, net.width)).astype(net.dtype)}
+
+
+def quantized(net: Net, bits: int, op: str) -> onnx.ModelProto:
+    """All products as MatMulNBits, or as MatMul of DequantizeLinear with a scale for each 16 inputs."""
+    model = gated_model(net)
+    kept = {item.name: item for item in model.graph.initializer}
+    rng = np.random.default_rng(3)
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type != "MatMul":
+            nodes.append(node)
+            continue
+        weight = numpy_helper.to_array(kept.pop(node.input[1]))
+        k, n = weight.shape
+        codes = rng.integers(0, 1 << bits, (n, k)).astype(np.uint8)
+        scales = (rng.uniform(0.5, 1, (n, k // 8 if op == "dq" else k // 16)) / 2**bits / np.sqrt(k)).astype(
+            np.float32
+        )
+        name = node.name
+        if op == "nbits":
+            low, high = codes[:, 0::2], codes[:, 1::2]
+            packed = (low | high << 4) if bits == 4 else codes
+            kept[f"{name}.q"] = numpy_helper.from_array(packed.reshape(n, k // 16, -1), f"{name}.q")
+            kept[f"{name}.s"] = numpy_helper.from_array(scales, f"{name}.s")
+            sizes = {"K": k, "N": n, "bits": bits, "block_size": 16}
+            given = [node.input[0], f"{name}.q", f"{name}.s"]
+            nodes.append(
+                helper.make_node(
+                    "MatMulNBits", given, node.output, name=name, domain="com.microsoft", **sizes
+                )
+            )
+            continue
+        data = (codes.T.astype(np.int16) - 128).astype(np.int8)
+        kept[f"{name}.q"] = numpy_helper.from_array(np.ascontiguousarray(data), f"{name}.q")
+        kept[f"{name}.s"] = numpy_helper.from_array(np.ascontiguousarray(scales.T), f"{name}.s")
+        nodes.append(
+            helper.make_node(
+                "DequantizeLinear",
+                [f"{name}.q", f"{name}.s"],
+                [f"{name}.w"],
+                name=f"{name}.dq",
+                axis=0,
+                block_size=8,
+            )
+        )
+        nodes.append(helper.make_node("MatMul", [node.input[0], f"{name}.w"], node.output, name=name))
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(kept.values())
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    model.opset_import[0].version = 21
+    return model

@@ -18,7 +18,7 @@ from sparse_onnx.blocks.thresholded import LINEAR, MIN_OPSET
 from sparse_onnx.graph.build import Emitter, Namespace
 from sparse_onnx.matching.layer_weights import LayerWeight
 from sparse_onnx.sparsify.emit import Threshold, emit_masked
-from sparse_onnx.sparsify.expert_matrix import expert_weight, integers
+from sparse_onnx.sparsify.expert_matrix import expert_weight, experts_outside, integers
 from sparse_onnx.sparsify.gated_experts import GatedExperts
 from sparse_onnx.sparsify.layers import Product, emit_product, note, oldest_opset, weight_obstacle
 from sparse_onnx.sparsify.plan import Mode
@@ -115,7 +115,8 @@ def block_obstacle(block: MoEBlock, role: str, mode: Mode, centre: np.ndarray) -
     quantized = Quantized.of(value)
     try:
         if quantized is not None:
-            return weight_obstacle(integers(block, quantized.part(0, "")), block.dtype, mode, centre)
+            problem = weight_obstacle(integers(block, quantized.part(0, "")), block.dtype, mode, centre)
+            return problem or experts_outside(block, role, mode)
     except ValueError as error:
         return str(error), ""
     held = value.const_value

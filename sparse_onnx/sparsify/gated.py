@@ -28,7 +28,7 @@ from sparse_onnx.matching.layer_weights import LayerWeight
 from sparse_onnx.matching.layers import layer as fresh
 from sparse_onnx.matching.values import tensor
 from sparse_onnx.sparsify.emit import Threshold
-from sparse_onnx.sparsify.layers import FLOATS, Product, biased, drop, initializer, obstacle
+from sparse_onnx.sparsify.layers import FLOATS, Product, biased, drop, initializer, integers_outside, obstacle
 from sparse_onnx.sparsify.plan import Mode
 from sparse_onnx.sparsify.record import Acting, tag
 from sparse_onnx.sparsify.weights import Operands, operands
@@ -52,7 +52,7 @@ def by_unit(weight: LayerWeight) -> LayerWeight:
 def gated_obstacle(layer: GatedLayer, mode: Mode) -> Problem | None:
     """Why a layer of a graph cannot skip units, and what to do about it; None where it can."""
     for each in (layer.up, layer.down):
-        problem = obstacle(each, "simulate", _ZERO)
+        problem = obstacle(each, "simulate", _ZERO) or integers_outside(each, mode)
         if problem is not None:
             return problem
     return weights_obstacle(layer.up.weight, layer.down.weight, layer.activated.dtype, mode)

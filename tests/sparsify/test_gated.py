@@ -8,13 +8,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 from builders import Shape, routed_model
 from dense_layers import prepared
 from gated_after import LEVEL, TABLE, after, close, plan_for
-from gated_models import Net, expected, gated_model, rows
+from gated_models import Net, expected, gated_model, quantized, rows
 from harness import run_model
 from onnx import helper, numpy_helper
 
@@ -120,58 +119,6 @@ def test_what_is_skipped_is_counted() -> None:
     assert len(seen) == 2 and all(0.3 < each.share < 0.95 for each in seen.values() if each.share)
     none = measure_skipping(changed, LEVEL, 0, [rows(net, 200)])
     assert {each.share for each in none.values()} == {0.0}
-
-
-def quantized(net: Net, bits: int, op: str) -> onnx.ModelProto:
-    """All products as MatMulNBits, or as MatMul of DequantizeLinear with a scale for each 16 inputs."""
-    model = gated_model(net)
-    kept = {item.name: item for item in model.graph.initializer}
-    rng = np.random.default_rng(3)
-    nodes = []
-    for node in model.graph.node:
-        if node.op_type != "MatMul":
-            nodes.append(node)
-            continue
-        weight = numpy_helper.to_array(kept.pop(node.input[1]))
-        k, n = weight.shape
-        codes = rng.integers(0, 1 << bits, (n, k)).astype(np.uint8)
-        scales = (rng.uniform(0.5, 1, (n, k // 8 if op == "dq" else k // 16)) / 2**bits / np.sqrt(k)).astype(
-            np.float32
-        )
-        name = node.name
-        if op == "nbits":
-            low, high = codes[:, 0::2], codes[:, 1::2]
-            packed = (low | high << 4) if bits == 4 else codes
-            kept[f"{name}.q"] = numpy_helper.from_array(packed.reshape(n, k // 16, -1), f"{name}.q")
-            kept[f"{name}.s"] = numpy_helper.from_array(scales, f"{name}.s")
-            sizes = {"K": k, "N": n, "bits": bits, "block_size": 16}
-            given = [node.input[0], f"{name}.q", f"{name}.s"]
-            nodes.append(
-                helper.make_node(
-                    "MatMulNBits", given, node.output, name=name, domain="com.microsoft", **sizes
-                )
-            )
-            continue
-        data = (codes.T.astype(np.int16) - 128).astype(np.int8)
-        kept[f"{name}.q"] = numpy_helper.from_array(np.ascontiguousarray(data), f"{name}.q")
-        kept[f"{name}.s"] = numpy_helper.from_array(np.ascontiguousarray(scales.T), f"{name}.s")
-        nodes.append(
-            helper.make_node(
-                "DequantizeLinear",
-                [f"{name}.q", f"{name}.s"],
-                [f"{name}.w"],
-                name=f"{name}.dq",
-                axis=0,
-                block_size=8,
-            )
-        )
-        nodes.append(helper.make_node("MatMul", [node.input[0], f"{name}.w"], node.output, name=name))
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(nodes)
-    model.graph.initializer.extend(kept.values())
-    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    model.opset_import[0].version = 21
-    return model
 
 
 @pytest.mark.parametrize(("bits", "op"), [(4, "nbits"), (8, "nbits"), (8, "dq")])
