@@ -27,7 +27,7 @@ Exact for every routing, as fuse_gating is. Quantized weights stay quantized; wh
 those of experts with tokens are.
 
 Refused: what fuse_gating refuses; blocks in the body of an If, Loop or Scan whose weights lie outside of it, but for
-the loop style, which is refused for bfloat16.
+the loop style, which is refused for bfloat16; thresholds on experts of integers (mode native).
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ import onnx_ir as ir
 from sparse_onnx.blocks import MoEBlock
 from sparse_onnx.blocks.dispatch import Dispatch, emit_combine, emit_dispatch, joined
 from sparse_onnx.blocks.expert_group import emit_group, emit_heights, emit_rows, groups_of, split
-from sparse_onnx.blocks.expert_thresholds import marked
+from sparse_onnx.blocks.expert_thresholds import GATED_ROLE, marked
 from sparse_onnx.blocks.expert_tree import emit_loop
 from sparse_onnx.blocks.expert_weights import ExpertWeights, obstacle
 from sparse_onnx.blocks.lowering import Lowering, Problem
+from sparse_onnx.blocks.quantized import Quantized
 from sparse_onnx.core.errors import UsageError
 from sparse_onnx.graph.branches import Branch, emit_if, inside
 from sparse_onnx.graph.build import Emitter
@@ -83,6 +84,11 @@ class BranchExperts(Lowering):
             return problem
         if self.style == "loop" and marked(block.node):
             return "thresholds are not written into loops over experts", "take style=group or style=expert"
+        if _thresholded_integers(block):
+            return (
+                "ORT does not load thresholded layers of integers in a branch without the native kernels",
+                "take --form grouped, or experts in float",
+            )
         if self.style == "loop":
             unheard = block.dtype == ir.DataType.BFLOAT16
             return (
@@ -116,6 +122,15 @@ class BranchExperts(Lowering):
         emit.replace(block.node, combined)
         weights.drop_unused()
         return weights.domains
+
+
+def _thresholded_integers(block: MoEBlock) -> bool:
+    """Whether thresholds act on integers. ORT 1.32 looks for what a function's DequantizeLinear reads in the branch
+    alone (`TransposeDQWeightsForMatMulNBits`), and does not load the model where the function's body has to run."""
+    marks = marked(block.node)
+    roles = block.spec.roles if GATED_ROLE in marks else [role for role in block.spec.roles if role in marks]
+    native = any(each.mode == "native" for each in marks.values())
+    return native and any(Quantized.of(block.weights[role]) is not None for role in roles)
 
 
 def _holder(value: ir.Value) -> object:

@@ -18,11 +18,13 @@ up's nor down's weights of the units whose activation is small.
 
 Weights that lie `[N, K]` are turned when the model is written; integers stay integers, of MatMulNBits and
 DequantizeLinear both. A vector that is added behind the layer becomes part of it. Experts of mixture-of-experts blocks
-are marked here, and skip inputs in the forms `grouped` and `branched`. Enters If, Loop and Scan bodies.
+are marked here, and skip inputs in the forms `grouped` and `branched`, integers in `grouped` alone. Enters If, Loop and
+Scan bodies.
 
 Refused, with the reason: routers, output heads and embeddings; layers whose share is too small to pay; layers of
 other types than float32, float16 and bfloat16; products of activations that are rounded to 8 bits; integers in blocks
-that do not divide their axis; models that have thresholds already.
+that do not divide their axis, and such in front of an If, Loop or Scan whose body reads them (mode native); models that
+have thresholds already.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from sparse_onnx.matching.sites import Site, sites
 from sparse_onnx.passes.convert_opset import ConvertOpset
 from sparse_onnx.sparsify.dial import emit_dial
 from sparse_onnx.sparsify.emit import Threshold
-from sparse_onnx.sparsify.experts import block_obstacle
+from sparse_onnx.sparsify.experts import block_obstacle, block_opset
 from sparse_onnx.sparsify.gated_sites import gated_sites, write_gated
 from sparse_onnx.sparsify.layers import Writer, obstacle, oldest_opset
 from sparse_onnx.sparsify.plan import Plan, SitePlan
@@ -83,14 +85,7 @@ class InsertThresholds(Pass):
             refusals += problems
             if kept or (site.block is not None and not problems):
                 chosen.append((site, plan, kept))
-        oldest = max(
-            (
-                oldest_opset(layer.weight, layer.input.dtype, self.plan.mode)
-                for *_, kept in chosen
-                for layer in kept
-            ),
-            default=18,
-        )
+        oldest = max((self._oldest(site, kept) for site, _, kept in chosen), default=18)
         converted = False
         if model.opset_imports.get("", 0) < oldest:
             outcome = ConvertOpset(oldest=oldest)(model)
@@ -129,6 +124,14 @@ class InsertThresholds(Pass):
             left = set(self.plan.sites) - {site.name for site, _ in chosen}
             write_gated(model, chosen, self.plan, [name for name in self.plan.sites if name in left])
         return Outcome(model, bool(chosen), len(found.found), len(chosen), tuple(refusals))
+
+    def _oldest(self, site: Site, kept: Sequence[Layer]) -> int:
+        """The opset that a site can be written in."""
+        mode = self.plan.mode
+        needed = [oldest_opset(layer.weight, layer.input.dtype, mode) for layer in kept]
+        if site.block is not None:
+            needed += [block_opset(site.block, role, mode) for role in site.roles]
+        return max(needed, default=18)
 
     def _apart(self, site: Site, plan: SitePlan) -> tuple[list[Layer], list[Refusal]]:
         """The layers of a site that can skip inputs, and why others cannot."""

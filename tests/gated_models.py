@@ -18,6 +18,7 @@ class Net:
 
     Attributes:
         spelling: of products: matmul, gemm or transposed.
+        bare: neither norm nor residual: a layer reads the layer before it.
         spoil: what is done to make the last layer none that can be proved; see `_spoilt`.
     """
 
@@ -28,6 +29,7 @@ class Net:
     spelling: str = "matmul"
     biases: bool = True
     dtype: str = "float32"
+    bare: bool = False
     spoil: str = ""
     seed: int = 0
 
@@ -55,8 +57,10 @@ def gated_model(net: Net = Net()) -> onnx.ModelProto:
     every, x, extra = numbers(net), "x", []
     for at in range(net.layers):
         p, spoil = f"layers.{at}.", net.spoil if at == net.layers - 1 else ""
-        nodes.append(helper.make_node("LayerNormalization", [x, "norm"], [p + "n"], name=p + "n", axis=-1))
-        read = {"gate": p + "n", "up": x if spoil == "other rows" else p + "n"}
+        n = x if net.bare else p + "n"
+        if not net.bare:
+            nodes.append(helper.make_node("LayerNormalization", [x, "norm"], [n], name=n, axis=-1))
+        read = {"gate": n, "up": x if spoil == "other rows" else n}
         for role in ("gate", "up"):
             nodes += _linear(net, p + role, read[role], every, stored)
         gate, up = p + "gate.result", p + "up.result"
@@ -77,8 +81,9 @@ def gated_model(net: Net = Net()) -> onnx.ModelProto:
             nodes.append(helper.make_node("Reshape", [h, p + "shape"], [p + "r"], name=p + "r"))
             h = p + "r"
         nodes += _linear(net, p + "down", h, every, stored)
-        nodes.append(helper.make_node("Add", [x, p + "down.result"], [p + "out"], name=p + "out"))
-        x = p + "out"
+        if not net.bare:
+            nodes.append(helper.make_node("Add", [x, p + "down.result"], [p + "out"], name=p + "out"))
+        x = p + ("down.result" if net.bare else "out")
         extra = {"up is read": [up], "the product is read": [p + "h"]}.get(spoil, extra)
     nodes.append(helper.make_node("Identity", [x], ["y"], name="y"))
     outputs = [helper.make_tensor_value_info("y", kind, ["T", net.width])]
@@ -157,7 +162,9 @@ def expected(net: Net, x: np.ndarray, taus: list[float]) -> np.ndarray:
     every = {name: array.astype(np.float64) for name, array in numbers(net).items()}
     x = x.astype(np.float64)
     for at, tau in enumerate(taus):
-        n = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
+        n = x
+        if not net.bare:
+            n = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
 
         def linear(role: str, rows: np.ndarray, p: str = f"layers.{at}.") -> np.ndarray:
             bias = every[f"{p}{role}.bias"] if net.biases else 0.0
@@ -165,9 +172,61 @@ def expected(net: Net, x: np.ndarray, taus: list[float]) -> np.ndarray:
 
         a = activation(net.activation, linear("gate", n))
         h = np.where(np.abs(a) <= tau, 0, a * linear("up", n))
-        x = x + linear("down", h)
+        x = linear("down", h) + (0 if net.bare else x)
     return x
 
 
 def rows(net: Net, tokens: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {"x": np.random.default_rng(seed).standard_normal((tokens, net.width)).astype(net.dtype)}
+
+
+def quantized(net: Net, bits: int, op: str) -> onnx.ModelProto:
+    """All products as MatMulNBits, or as MatMul of DequantizeLinear with a scale for each 16 inputs."""
+    model = gated_model(net)
+    kept = {item.name: item for item in model.graph.initializer}
+    rng = np.random.default_rng(3)
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type != "MatMul":
+            nodes.append(node)
+            continue
+        weight = numpy_helper.to_array(kept.pop(node.input[1]))
+        k, n = weight.shape
+        codes = rng.integers(0, 1 << bits, (n, k)).astype(np.uint8)
+        scales = (rng.uniform(0.5, 1, (n, k // 8 if op == "dq" else k // 16)) / 2**bits / np.sqrt(k)).astype(
+            np.float32
+        )
+        name = node.name
+        if op == "nbits":
+            low, high = codes[:, 0::2], codes[:, 1::2]
+            packed = (low | high << 4) if bits == 4 else codes
+            kept[f"{name}.q"] = numpy_helper.from_array(packed.reshape(n, k // 16, -1), f"{name}.q")
+            kept[f"{name}.s"] = numpy_helper.from_array(scales, f"{name}.s")
+            sizes = {"K": k, "N": n, "bits": bits, "block_size": 16}
+            given = [node.input[0], f"{name}.q", f"{name}.s"]
+            nodes.append(
+                helper.make_node(
+                    "MatMulNBits", given, node.output, name=name, domain="com.microsoft", **sizes
+                )
+            )
+            continue
+        data = (codes.T.astype(np.int16) - 128).astype(np.int8)
+        kept[f"{name}.q"] = numpy_helper.from_array(np.ascontiguousarray(data), f"{name}.q")
+        kept[f"{name}.s"] = numpy_helper.from_array(np.ascontiguousarray(scales.T), f"{name}.s")
+        nodes.append(
+            helper.make_node(
+                "DequantizeLinear",
+                [f"{name}.q", f"{name}.s"],
+                [f"{name}.w"],
+                name=f"{name}.dq",
+                axis=0,
+                block_size=8,
+            )
+        )
+        nodes.append(helper.make_node("MatMul", [node.input[0], f"{name}.w"], node.output, name=name))
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(kept.values())
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    model.opset_import[0].version = 21
+    return model

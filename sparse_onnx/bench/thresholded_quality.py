@@ -21,7 +21,7 @@ from sparse_onnx.graph import io
 from sparse_onnx.graph.external import read_array
 from sparse_onnx.optimize.quality import Judge, Measured
 from sparse_onnx.optimize.request import request
-from sparse_onnx.optimize.thresholds import Thresholds
+from sparse_onnx.optimize.threshold_record import thresholds_record
 from sparse_onnx.optimize.watched import Counted
 from sparse_onnx.sparsify.record import thresholds_of
 from sparse_onnx.targets import session as sessions
@@ -119,13 +119,12 @@ class Examiner:
             allocation="greedy",
             mode="native",
             dense_first=None,
+            prefill="shared",
             tokenizer=None,
             prefill="shared",
         )
-        source = self.case.bases[variant.weights].path
-        report = Thresholds(asked, io.load(source), source, calibration.fingerprint, self.threads, None)
         plan = dataclasses.replace(plan_of(variant, calibration), level=level)
-        return report.record(model, plan, level_input, counted.seen)
+        return thresholds_record(asked, model, plan, level_input, counted.seen, [])
 
     def _require_same(self, counted: Counted, path: Path) -> None:
         expected = self._dense[0]

@@ -93,7 +93,8 @@ class GatedRecord:
         zeros: share of exact zeros among the activations.
         quantiles: of ``|act(x gate)|``, ``[101]``, 0 to 100 %, by the one centre that there is, zero.
         errors: ``||h W - h~ W|| / ||h W||`` on held-out rows, ``[20]``, at `SPARSITIES`, where h~ is h without the
-            units whose activation is small and W is down; by the same centre.
+            units whose activation is small and W is down; by the same centre; large rows count no more than the
+            median's (`calibrate.errors`).
     """
 
     name: str

@@ -33,7 +33,8 @@ class GatedLayer:
         gate, up, down: its layers; I = gate.weight.outputs units.
         activated: ``[..., I]``, the activation of the gate.
         product: ``[..., I]``, the activation times up's result, which down reads.
-        up_bias: that an Add behind up's product adds, or that the product adds itself; None: no bias.
+        up_bias: ``[I]``, or one number for all units, with axes of 1 in front: that an Add behind up's product adds, or
+            that the product adds itself; None: no bias.
     """
 
     name: str

@@ -73,8 +73,10 @@ def _compare_gated(
     up_bias = None if original.up_bias is None else tensor(original.up_bias)
     before = [original.up.weight.numbers().T, up_bias, original.down.weight.numbers(), bias]
     for at, (was, now) in enumerate(zip(before, held, strict=True)):
-        kept = was if isinstance(was, np.ndarray) else np.zeros(now.shape) if was is None else read_array(was)
-        if not np.array_equal(kept.reshape(now.shape).astype(np.float64), now.astype(np.float64)):
+        kept = was if isinstance(was, np.ndarray) else np.zeros(1) if was is None else read_array(was)
+        if at % 2:
+            kept = np.broadcast_to(kept.reshape(-1), now.shape)
+        if not np.array_equal(kept.astype(np.float64), now.astype(np.float64)):
             raise _differs(item.layer, "another bias" if at % 2 else "other weights")
 
 

@@ -14,20 +14,21 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError, UsageError, VerificationError
-from sparse_onnx.core.report import QualityRecord, SiteRecord, ThresholdsRecord
+from sparse_onnx.core.report import QualityRecord, ThresholdsRecord
 from sparse_onnx.kernels import path as kernel_path
 from sparse_onnx.optimize.copies import check_copies
 from sparse_onnx.optimize.evaluation import evaluation_runs
 from sparse_onnx.optimize.kept_weights import compare_weights
 from sparse_onnx.optimize.quality import Budget, Feeds, Judge, Measured
 from sparse_onnx.optimize.request import Request
-from sparse_onnx.optimize.watched import Dialled, Seen, check_layers, measure_skipping
-from sparse_onnx.sparsify.calibrated import Costs, make_plan
+from sparse_onnx.optimize.threshold_record import thresholds_record
+from sparse_onnx.optimize.watched import Dialled, check_layers, measure_skipping
+from sparse_onnx.sparsify.calibrated import make_plan
 from sparse_onnx.sparsify.dial import set_level
 from sparse_onnx.sparsify.guard import Clock, keep_dense
 from sparse_onnx.sparsify.plan import Plan
 from sparse_onnx.sparsify.prefill import copy_dense
-from sparse_onnx.sparsify.record import acting, by_site, thresholds_of
+from sparse_onnx.sparsify.record import acting, thresholds_of
 from sparse_onnx.verify.compare import difference
 from sparse_onnx.verify.inputs import sized_inputs
 
@@ -217,7 +218,7 @@ class Thresholds:
                 "fast with the native kernels (`sparse-onnx kernels build`, sparse_onnx.register_kernels); "
                 "without them right, and not faster"
             )
-        return self.record(model, plan, record.level_input, seen), notes
+        return thresholds_record(self.asked, model, plan, record.level_input, seen, self.quality), notes
 
     def set(self, model: ir.Model) -> None:
         """Sets the finished model to its level, and keeps dense what is to stay so."""
@@ -287,55 +288,6 @@ class Thresholds:
                     f"{level}, {found.dense:.9g} of the dense model",
                     "allow more, or give more evaluation data; nothing was written",
                 )
-
-    def record(
-        self, model: ir.Model, plan: Plan, level_input: str, seen: dict[str, Seen]
-    ) -> ThresholdsRecord:
-        """What the report says of a model with that plan; `seen` is what its sites skipped."""
-        costs = Costs.of(self.asked.calibration, self.asked.method)
-        items_of = by_site(acting(model))
-        held = {name: sum(item.nbytes for item in items) for name, items in items_of.items()}
-        total: dict[str, float] = {site.name: site.bytes for site in costs.sites}
-        reads = {site.name: read for site, read in zip(costs.sites, costs.reads, strict=True)}
-        experts = {name for block in self.asked.calibration.blocks for name in block.layers}
-        gated = {layer.name for layer in self.asked.calibration.gated if layer.block}
-        whole = costs.total
-        inside = (experts | gated) & set(held)
-        if inside:  # which are smaller than they were calibrated where this run quantized them
-            smaller = sum(held[name] for name in inside) / max(1, sum(total[name] for name in inside))
-            for name in (experts | gated) & set(total):
-                total[name], reads[name] = total[name] * smaller, reads[name] * smaller
-            every = Costs.of(self.asked.calibration)
-            own = zip(every.sites, every.reads, strict=True)
-            whole -= (1 - smaller) * sum(read for site, read in own if site.name in experts)
-        rows = []
-        for name, items in items_of.items():
-            site = plan.sites[name]
-            measured = seen[name].share if name in seen else None
-            expected = float(site.sparsity[plan.level])
-            # Of a site with layers that were refused, those that were not; of experts, one token's.
-            read = reads[name] * min(1.0, held[name] / max(1, total[name]))
-            skipped = read * (expected if measured is None else measured)
-            rows.append(
-                SiteRecord(name, len(items), site.centring, expected, measured, round(read), round(skipped))
-            )
-        whole = round(whole)
-        left_out = sum(row.bytes_skipped for row in rows)
-        return ThresholdsRecord(
-            calibration=self.asked.path,
-            method=self.asked.method,
-            mode=plan.mode,
-            level=plan.level,
-            level_input=level_input,
-            dense_first=self.asked.dense_first,
-            prefill=self.asked.prefill,
-            bytes=whole,
-            bytes_skipped=left_out,
-            share_skipped=left_out / whole if whole else 0.0,
-            measured=all(row.measured is not None for row in rows),
-            quality=self.quality,
-            sites=rows,
-        )
 
 
 def _safely(budget: Budget, found: Measured) -> bool:

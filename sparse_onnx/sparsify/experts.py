@@ -14,12 +14,13 @@ from sparse_onnx.blocks.lowering import Problem
 from sparse_onnx.blocks.moe import MoEBlock
 from sparse_onnx.blocks.quantized import Quantized
 from sparse_onnx.blocks.spec import DOMAIN, WeightLayout
+from sparse_onnx.blocks.thresholded import LINEAR, MIN_OPSET
 from sparse_onnx.graph.build import Emitter, Namespace
 from sparse_onnx.matching.layer_weights import LayerWeight
 from sparse_onnx.sparsify.emit import Threshold, emit_masked
-from sparse_onnx.sparsify.expert_matrix import expert_weight, integers
+from sparse_onnx.sparsify.expert_matrix import expert_weight, experts_outside, integers
 from sparse_onnx.sparsify.gated_experts import GatedExperts
-from sparse_onnx.sparsify.layers import Product, emit_product, note, weight_obstacle
+from sparse_onnx.sparsify.layers import Product, emit_product, note, oldest_opset, weight_obstacle
 from sparse_onnx.sparsify.plan import Mode
 from sparse_onnx.sparsify.record import tag
 
@@ -101,13 +102,21 @@ class _Thresholded(ExpertWeights):
         return expert_weight(self.block, role, expert)
 
 
+def block_opset(block: MoEBlock, role: str, mode: Mode) -> int:
+    """The oldest that a matrix of a block's experts without a `block_obstacle` can be written in."""
+    if Quantized.of(block.weights[role]) is None:
+        return MIN_OPSET[LINEAR]
+    return oldest_opset(expert_weight(block, role, 0), block.dtype, mode)
+
+
 def block_obstacle(block: MoEBlock, role: str, mode: Mode, centre: np.ndarray) -> Problem | None:
     """Why a matrix of a block's experts cannot skip inputs; None where it can, or where it cannot be cut anyway."""
     value = block.weights[role]
     quantized = Quantized.of(value)
     try:
         if quantized is not None:
-            return weight_obstacle(integers(block, quantized.part(0, "")), block.dtype, mode, centre)
+            problem = weight_obstacle(integers(block, quantized.part(0, "")), block.dtype, mode, centre)
+            return problem or experts_outside(block, role, mode)
     except ValueError as error:
         return str(error), ""
     held = value.const_value

@@ -25,9 +25,10 @@ from sparse_onnx.graph.build import Emitter, Namespace
 from sparse_onnx.graph.external import read_array
 from sparse_onnx.matching.gated import GatedLayer
 from sparse_onnx.matching.layer_weights import LayerWeight
+from sparse_onnx.matching.layers import layer as fresh
 from sparse_onnx.matching.values import tensor
 from sparse_onnx.sparsify.emit import Threshold
-from sparse_onnx.sparsify.layers import FLOATS, Product, biased, drop, initializer, obstacle
+from sparse_onnx.sparsify.layers import FLOATS, Product, biased, drop, initializer, integers_outside, obstacle
 from sparse_onnx.sparsify.plan import Mode
 from sparse_onnx.sparsify.record import Acting, tag
 from sparse_onnx.sparsify.weights import Operands, operands
@@ -51,7 +52,7 @@ def by_unit(weight: LayerWeight) -> LayerWeight:
 def gated_obstacle(layer: GatedLayer, mode: Mode) -> Problem | None:
     """Why a layer of a graph cannot skip units, and what to do about it; None where it can."""
     for each in (layer.up, layer.down):
-        problem = obstacle(each, "simulate", _ZERO)
+        problem = obstacle(each, "simulate", _ZERO) or integers_outside(each, mode)
         if problem is not None:
             return problem
     return weights_obstacle(layer.up.weight, layer.down.weight, layer.activated.dtype, mode)
@@ -77,9 +78,9 @@ def weights_obstacle(
     return None
 
 
-def gated_opset(up: LayerWeight, dtype: ir.DataType | None, mode: Mode) -> int:
-    """The oldest that a layer without an obstacle can be written in."""
-    found = operands(by_unit(up), dtype, "") if mode == "native" else ""
+def gated_opset(down: LayerWeight, dtype: ir.DataType | None, mode: Mode) -> int:
+    """The oldest that a layer without an obstacle, whose up is stored as down is, can be written in."""
+    found = operands(down, dtype, "") if mode == "native" else ""
     return 18 if isinstance(found, str) else GATED_OPSET[_OPS[found.op]]
 
 
@@ -141,8 +142,10 @@ def emit_masked_product(emit: Emitter, a: ir.Value, h: ir.Value, threshold: Thre
 
 
 def _bias(names: Namespace, product: Product, width: int, dtype: ir.DataType) -> ir.Value:
-    kept = np.zeros(width) if product.bias is None else read_array(product.bias).reshape(-1)
-    numbers = kept.astype(dtype.numpy())
+    kept = np.zeros(1) if product.bias is None else read_array(product.bias).reshape(-1)
+    numbers = np.broadcast_to(
+        kept.astype(dtype.numpy()), (width,)
+    ).copy()  # one number may stand for all units
     held = ir.Tensor(numbers, dtype, name=f"{product.name}.added")
     return names.initializer(product.home, (dtype, numbers.tobytes(), "added"), held)
 
@@ -185,10 +188,12 @@ def rewrite_gated(names: Namespace, layer: GatedLayer, threshold: Threshold) -> 
         )
         tag(down.node, entry)
         return
+    reads = fresh(layer.up.node)  # now, since rewriting the layer before it may have replaced its input
+    assert reads is not None
     last, bias = biased(down)
     up = _product(by_unit(layer.up.weight), layer.up_bias, "by_unit")
     gated = Gated(up, _product(down.weight, bias, "down"))
-    result = emit_gated(emit, layer.activated, layer.up.input, layer.activated.dtype, gated, threshold)
+    result = emit_gated(emit, layer.activated, reads.input, layer.activated.dtype, gated, threshold)
     unread = [layer.product.producer(), *_behind(layer)]
     emit.replace(last, result)
     drop(down)

@@ -13,7 +13,7 @@ from sparse_onnx.blocks.lowering import Problem
 from sparse_onnx.blocks.spec import DOMAIN, GateLayout
 from sparse_onnx.graph.build import Emitter, Namespace
 from sparse_onnx.sparsify.emit import Threshold
-from sparse_onnx.sparsify.expert_matrix import expert_weight
+from sparse_onnx.sparsify.expert_matrix import expert_weight, experts_outside
 from sparse_onnx.sparsify.gated import (
     Gated,
     by_unit,
@@ -41,7 +41,8 @@ def experts_gated_obstacle(block: MoEBlock, mode: Mode) -> Problem | None:
         up, down = (expert_weight(block, role, 0) for role in roles[-2:])
     except ValueError as error:
         return str(error), ""
-    return weights_obstacle(up, down, block.dtype, mode)
+    problem = weights_obstacle(up, down, block.dtype, mode)
+    return problem or experts_outside(block, roles[-2], mode) or experts_outside(block, roles[-1], mode)
 
 
 class GatedExperts(ExpertWeights):
@@ -89,6 +90,4 @@ class GatedExperts(ExpertWeights):
 
 def experts_gated_opset(block: MoEBlock, mode: Mode) -> int:
     """The oldest that a block without an obstacle can be written in."""
-    if block.spec.gate_layout is GateLayout.CONCATENATED:
-        return 18
-    return gated_opset(expert_weight(block, "up", 0), block.dtype, mode)
+    return gated_opset(expert_weight(block, block.spec.roles[-1], 0), block.dtype, mode)

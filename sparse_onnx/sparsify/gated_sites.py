@@ -51,7 +51,7 @@ class GatedSite:
         """The oldest that it can be written in, without an obstacle."""
         if isinstance(self.of, MoEBlock):
             return experts_gated_opset(self.of, mode)
-        return gated_opset(self.of.up.weight, self.dtype, mode)
+        return gated_opset(self.of.down.weight, self.dtype, mode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,11 @@ def write_gated(
         none = constants.constant(np.zeros(1, site.dtype.numpy()))
         if isinstance(site.of, MoEBlock):
             entry = ExpertThreshold(site.name, bound.name or "", none.name or "", plan.mode, False)
-            mark(apart(site.of, names).node, GATED_ROLE, entry)
+            block = MoEBlock.of(
+                site.node
+            )  # now, since rewriting what stands before it may have replaced its tokens
+            assert block is not None
+            mark(apart(block, names).node, GATED_ROLE, entry)
         else:
             rewrite_gated(names, site.of, Threshold(site.name, bound, none, plan.mode, False))
     record_thresholds(model, Thresholds(level, plan.mode, tuple(left)))

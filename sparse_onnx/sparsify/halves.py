@@ -21,6 +21,9 @@ from sparse_onnx.matching.values import tensor
 def halves_obstacle(block: MoEBlock) -> Problem | None:
     """Why the matrix that holds gate and up cannot be cut into the two; None where it can."""
     first = block.spec.roles[0]
+    bias = block.weights[f"{first}_bias"]
+    if tensor(bias) is None and not is_zero(bias):
+        return "the bias of its experts' gate and up is quantized, or computed at run time", ""
     value, axis = block.weights[first], _axis(block)
     quantized = Quantized.of(value)
     if quantized is None:
@@ -115,10 +118,10 @@ def _cut(names: Namespace, value: ir.Value, role: str, axis: int, at: int) -> ir
 
 
 def _half_bias(names: Namespace, block: MoEBlock, bias: ir.Value, role: str, at: int) -> ir.Value:
-    kept = tensor(bias)
     assert block.experts is not None and block.inner is not None
     numbers = np.zeros((block.experts, block.inner), block.dtype.numpy())
     if not is_zero(bias):
+        kept = tensor(bias)
         assert kept is not None
         numbers = np.ascontiguousarray(np.split(read_array(kept), 2, axis=1)[at])
     assert isinstance(block.node.graph, ir.Graph)

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.blocks.lowering import Problem
+from sparse_onnx.blocks.quantized import Quantized
 from sparse_onnx.blocks.thresholded import LINEAR, MIN_OPSET
 from sparse_onnx.graph.build import Emitter, Namespace
 from sparse_onnx.matching.layer_weights import LayerWeight
@@ -18,7 +19,7 @@ from sparse_onnx.matching.values import pairs, sole_use, tensor
 from sparse_onnx.sparsify.emit import Threshold, emit_layer, emit_masked
 from sparse_onnx.sparsify.plan import Mode
 from sparse_onnx.sparsify.record import Acting, tag
-from sparse_onnx.sparsify.weights import Operands, folded, operands
+from sparse_onnx.sparsify.weights import Operands, folded, operands, outside
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _ROUNDING = ("MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
@@ -31,7 +32,15 @@ def obstacle(layer: Layer, mode: Mode, centre: np.ndarray) -> Problem | None:
             "its inputs are rounded to 8 bits for a product of integers, and would not be any more",
             "calibrate and optimize the model that it was quantized from",
         )
-    return weight_obstacle(layer.weight, layer.input.dtype, mode, centre)
+    problem = weight_obstacle(layer.weight, layer.input.dtype, mode, centre)
+    return problem or integers_outside(layer, mode)
+
+
+def integers_outside(layer: Layer, mode: Mode) -> Problem | None:
+    """`outside`, of a layer."""
+    if not isinstance(layer.weight.stored, Quantized):
+        return None
+    return outside(layer.node, layer.weight.values[0].graph, mode)
 
 
 def weight_obstacle(

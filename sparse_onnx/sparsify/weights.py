@@ -18,6 +18,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
+from sparse_onnx.blocks.lowering import Problem
 from sparse_onnx.blocks.quantized import Quantized
 from sparse_onnx.blocks.thresholded import LINEAR, N_BITS
 from sparse_onnx.graph.external import read_array, slice_first_axis
@@ -41,6 +42,20 @@ class Operands:
     @property
     def attributes(self) -> dict[str, int]:
         return {"axis": self.axis, "block_size": self.block} if self.op == N_BITS else {}
+
+
+def outside(node: ir.Node, home: object, mode: str) -> Problem | None:
+    """Why a thresholded operator cannot stand where `node` does, with integers that are initializers of `home`.
+
+    ORT 1.32 looks for what the DequantizeLinear of a function's body reads in the graph that the function is called in
+    alone (`TransposeDQWeightsForMatMulNBits`), and does not load the model without the native kernels."""
+    if mode != "native" or home is node.graph:
+        return None
+    return (
+        "it stands in the body of an If, Loop or Scan and its integers outside of it: ORT does not load that without "
+        "the native kernels",
+        "the mode 'simulate' takes any",
+    )
 
 
 def operands(weight: LayerWeight, dtype: ir.DataType | None, name: str) -> Operands | str:

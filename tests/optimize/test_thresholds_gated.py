@@ -154,6 +154,14 @@ def test_quantized_experts(moe: Path, bits: str) -> None:
     assert any("8 thresholded layers agree with numpy" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("method", ["cats", "scap"])
+def test_quantized_experts_give_branches_up(moe: Path, method: str) -> None:
+    report = optimized(moe, sparsity=0.2, quantize="int8", form="branched", method=method)
+    assert {block.form for block in report.blocks} == {"grouped"} and report.verify.passed
+    assert any("integers in a branch" in refusal.reason for refusal in report.refusals)
+    sessions.create_session(moe / "out.onnx")
+
+
 def test_weights_that_are_not_what_they_were_are_seen(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model that is not compared as a whole: layer by layer."""
     monkeypatch.setattr("sparse_onnx.verify.lowering.WHOLE_BYTES", 0)

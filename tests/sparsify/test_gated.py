@@ -3,52 +3,27 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
+from builders import Shape, routed_model
 from dense_layers import prepared
-from gated_models import Net, expected, gated_model, rows
+from gated_after import LEVEL, TABLE, after, close, plan_for
+from gated_models import Net, expected, gated_model, quantized, rows
 from harness import run_model
 from onnx import helper, numpy_helper
 
-from sparse_onnx.core.passes import Outcome
 from sparse_onnx.kernels import build
+from sparse_onnx.optimize.kept_weights import compare_weights
 from sparse_onnx.optimize.watched import EXACT, Dialled, check_layers, measure_skipping
 from sparse_onnx.passes.insert_thresholds import InsertThresholds
-from sparse_onnx.sparsify.gated_sites import gated_sites
-from sparse_onnx.sparsify.plan import MODES, Mode, Plan, SitePlan
-from sparse_onnx.sparsify.record import acting
+from sparse_onnx.sparsify.plan import MODES, Mode
+from sparse_onnx.sparsify.record import ACTING_KEY, acting
 from sparse_onnx.targets import session as sessions
-
-LEVEL = "sparsity_level"
-TABLE = np.concatenate([[-1.0], np.linspace(0, 1, 100)])
-
-
-def plan_for(model: ir.Model, mode: Mode, level: int = 50, least: float = 0.0) -> Plan:
-    """Thresholds that are TABLE, plus a tenth a site."""
-    names = [site.name for site in gated_sites(model).found]
-    plans = {
-        name: SitePlan(
-            name, np.zeros(1, np.float32), np.where(TABLE < 0, -1, TABLE + at / 10), (TABLE >= 0) * 0.5
-        )
-        for at, name in enumerate(names)
-    }
-    return Plan(plans, level, mode, False, least, True)
-
-
-def after(model: onnx.ModelProto, mode: Mode) -> tuple[ir.Model, Outcome]:
-    changed = prepared(ir.from_proto(copy.deepcopy(model)))
-    outcome = InsertThresholds(plan_for(changed, mode))(changed)
-    assert isinstance(outcome, Outcome)
-    onnx.checker.check_model(ir.to_proto(changed), full_check=True)
-    return changed, outcome
-
-
-def close(wanted: np.ndarray, actual: np.ndarray, tolerance: float) -> bool:
-    return bool(np.abs(actual.astype(np.float64) - wanted).max() <= tolerance * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -75,6 +50,26 @@ def test_every_mode_is_what_numpy_says(mode: Mode, activation: str, spelling: st
             assert not close(plain, run_model(changed, feeds)[0], 1e-2), "the level it was made for is not"
     reached, error = check_layers(changed, LEVEL, 50, [rows(net, 9)], kernels=False)
     assert reached == 2 and error < 2e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_one_bias_of_all_units(mode: Mode, shape: tuple[int, ...]) -> None:
+    model = gated_model()
+    for item in model.graph.initializer:
+        if item.name.endswith("up.bias"):
+            item.CopyFrom(numpy_helper.from_array(np.full(shape, 0.7, np.float32), item.name))
+    changed, outcome = after(model, mode)
+    assert outcome.rewritten == 2
+    dense = prepared(ir.from_proto(copy.deepcopy(model)))
+    for tokens in (1, 5):
+        feeds = rows(Net(), tokens)
+        plain = run_model(dense, feeds)[0]
+        assert close(plain, run_model(changed, feeds | {LEVEL: np.array(0)})[0], 1e-6)
+    reached, error = check_layers(changed, LEVEL, 50, [rows(Net(), 9)], kernels=False)
+    assert reached == 2 and error < 2e-6
+    if mode != "simulate":
+        assert compare_weights(dense, changed) == 2
 
 
 def test_the_native_kernels_run_it(tmp_path: Path) -> None:
@@ -126,58 +121,6 @@ def test_what_is_skipped_is_counted() -> None:
     assert {each.share for each in none.values()} == {0.0}
 
 
-def quantized(net: Net, bits: int, op: str) -> onnx.ModelProto:
-    """All products as MatMulNBits, or as MatMul of DequantizeLinear with a scale for each 16 inputs."""
-    model = gated_model(net)
-    kept = {item.name: item for item in model.graph.initializer}
-    rng = np.random.default_rng(3)
-    nodes = []
-    for node in model.graph.node:
-        if node.op_type != "MatMul":
-            nodes.append(node)
-            continue
-        weight = numpy_helper.to_array(kept.pop(node.input[1]))
-        k, n = weight.shape
-        codes = rng.integers(0, 1 << bits, (n, k)).astype(np.uint8)
-        scales = (rng.uniform(0.5, 1, (n, k // 8 if op == "dq" else k // 16)) / 2**bits / np.sqrt(k)).astype(
-            np.float32
-        )
-        name = node.name
-        if op == "nbits":
-            low, high = codes[:, 0::2], codes[:, 1::2]
-            packed = (low | high << 4) if bits == 4 else codes
-            kept[f"{name}.q"] = numpy_helper.from_array(packed.reshape(n, k // 16, -1), f"{name}.q")
-            kept[f"{name}.s"] = numpy_helper.from_array(scales, f"{name}.s")
-            sizes = {"K": k, "N": n, "bits": bits, "block_size": 16}
-            given = [node.input[0], f"{name}.q", f"{name}.s"]
-            nodes.append(
-                helper.make_node(
-                    "MatMulNBits", given, node.output, name=name, domain="com.microsoft", **sizes
-                )
-            )
-            continue
-        data = (codes.T.astype(np.int16) - 128).astype(np.int8)
-        kept[f"{name}.q"] = numpy_helper.from_array(np.ascontiguousarray(data), f"{name}.q")
-        kept[f"{name}.s"] = numpy_helper.from_array(np.ascontiguousarray(scales.T), f"{name}.s")
-        nodes.append(
-            helper.make_node(
-                "DequantizeLinear",
-                [f"{name}.q", f"{name}.s"],
-                [f"{name}.w"],
-                name=f"{name}.dq",
-                axis=0,
-                block_size=8,
-            )
-        )
-        nodes.append(helper.make_node("MatMul", [node.input[0], f"{name}.w"], node.output, name=name))
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(nodes)
-    model.graph.initializer.extend(kept.values())
-    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    model.opset_import[0].version = 21
-    return model
-
-
 @pytest.mark.parametrize(("bits", "op"), [(4, "nbits"), (8, "nbits"), (8, "dq")])
 def test_integers_stay_integers(bits: int, op: str) -> None:
     build()
@@ -203,6 +146,33 @@ def test_a_layer_that_skips_too_little_stays_dense() -> None:
     plan = plan_for(model, "native", least=0.6)
     outcome = InsertThresholds(plan)(model)
     assert not outcome.modified and "does not pay" in outcome.refusals[0].reason and not acting(model)
+
+
+def test_what_older_versions_wrote_is_read() -> None:
+    model, _ = after(gated_model(), "native")
+    [first, second] = acting(model)
+    node = next(node for node in model.graph if ACTING_KEY in node.metadata_props)
+    entry = json.loads(node.metadata_props[ACTING_KEY])
+    for name in ("rows", "up", "up_bias"):
+        del entry[name]
+    node.metadata_props[ACTING_KEY] = json.dumps(entry)
+    assert acting(model) == [dataclasses.replace(first, rows=""), second]
+    del entry["bound"]
+    node.metadata_props[ACTING_KEY] = json.dumps(entry)
+    assert acting(model) == [second]
+
+
+def test_a_bias_of_both_gate_and_up_that_is_quantized() -> None:
+    model = ir.to_proto(routed_model(Shape(biases=True)))
+    [bias] = [item for item in model.graph.initializer if item.name == "fc1_bias"]
+    numbers = np.random.default_rng(0).integers(-9, 9, tuple(bias.dims)).astype(np.int8)
+    bias.CopyFrom(numpy_helper.from_array(numbers, "q"))
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.1), "s"))
+    model.graph.node.insert(0, helper.make_node("DequantizeLinear", ["q", "s"], ["fc1_bias"], name="dq"))
+    changed = prepared(ir.from_proto(model))
+    outcome = InsertThresholds(plan_for(changed, "native"))(changed)
+    assert not outcome.modified and not acting(changed)
+    assert any("bias of its experts' gate and up" in refusal.reason for refusal in outcome.refusals)
 
 
 def test_a_second_time_is_refused_and_the_bytes_are_the_same() -> None:
