@@ -121,7 +121,6 @@ class Examiner:
             dense_first=None,
             prefill="shared",
             tokenizer=None,
-            prefill="shared",
         )
         plan = dataclasses.replace(plan_of(variant, calibration), level=level)
         return thresholds_record(asked, model, plan, level_input, counted.seen, [])
