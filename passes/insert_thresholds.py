@@ -30,7 +30,7 @@ have thresholds already.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
@@ -47,7 +47,7 @@ from sparse_onnx.passes.convert_opset import ConvertOpset
 from sparse_onnx.sparsify.dial import emit_dial
 from sparse_onnx.sparsify.emit import Threshold
 from sparse_onnx.sparsify.experts import block_obstacle, block_opset
-from sparse_onnx.sparsify.gated_sites import gated_sites, write_gated
+from sparse_onnx.sparsify.gated_sites import GatedSite, gated_sites, write_gated
 from sparse_onnx.sparsify.layers import Writer, obstacle, oldest_opset
 from sparse_onnx.sparsify.plan import Plan, SitePlan
 from sparse_onnx.sparsify.record import Thresholds, forget, record_thresholds, thresholds_of
@@ -86,20 +86,12 @@ class InsertThresholds(Pass):
             if kept or (site.block is not None and not problems):
                 chosen.append((site, plan, kept))
         oldest = max((self._oldest(site, kept) for site, _, kept in chosen), default=18)
-        converted = False
-        if model.opset_imports.get("", 0) < oldest:
-            outcome = ConvertOpset(oldest=oldest)(model)
-            assert isinstance(outcome, Outcome)
-            if not outcome.modified:
-                return Outcome(model, False, len(every.found), 0, (*refusals, *outcome.refusals))
-            return dataclasses.replace(self.call(model), modified=True)
-        if not chosen:
-            return Outcome(model, converted, len(every.found), 0, tuple(refusals))
-        self._write(
-            model, chosen, [name for name in self.plan.sites if name not in {s.name for s, *_ in chosen}]
-        )
-        rewritten = len(chosen)
-        return Outcome(model, True, len(every.found), rewritten, tuple(refusals))
+        renewed = self._renewed(model, oldest, len(every.found), refusals)
+        if renewed is not None:
+            return renewed
+        if chosen:
+            self._write(model, chosen, self._others(site for site, *_ in chosen))
+        return Outcome(model, bool(chosen), len(every.found), len(chosen), tuple(refusals))
 
     def _gated(self, model: ir.Model) -> Outcome:
         found = gated_sites(model)
@@ -114,16 +106,29 @@ class InsertThresholds(Pass):
             else:
                 chosen.append((site, plan))
         oldest = max((site.opset(self.plan.mode) for site, _ in chosen), default=18)
-        if model.opset_imports.get("", 0) < oldest:
-            outcome = ConvertOpset(oldest=oldest)(model)
-            assert isinstance(outcome, Outcome)
-            if not outcome.modified:
-                return Outcome(model, False, len(found.found), 0, (*refusals, *outcome.refusals))
-            return dataclasses.replace(self._gated(model), modified=True)
+        renewed = self._renewed(model, oldest, len(found.found), refusals)
+        if renewed is not None:
+            return renewed
         if chosen:
-            left = set(self.plan.sites) - {site.name for site, _ in chosen}
-            write_gated(model, chosen, self.plan, [name for name in self.plan.sites if name in left])
+            write_gated(model, chosen, self.plan, self._others(site for site, _ in chosen))
         return Outcome(model, bool(chosen), len(found.found), len(chosen), tuple(refusals))
+
+    def _renewed(
+        self, model: ir.Model, oldest: int, found: int, refusals: Sequence[Refusal]
+    ) -> Outcome | None:
+        """What comes of a model that has to be converted to a newer opset first; None: it is new enough."""
+        if model.opset_imports.get("", 0) >= oldest:
+            return None
+        outcome = ConvertOpset(oldest=oldest)(model)
+        assert isinstance(outcome, Outcome)
+        if not outcome.modified:
+            return Outcome(model, False, found, 0, (*refusals, *outcome.refusals))
+        return dataclasses.replace(self.call(model), modified=True)
+
+    def _others(self, chosen: Iterable[Site | GatedSite]) -> list[str]:
+        """Names of the sites of the plan that stay as they are."""
+        names = {site.name for site in chosen}
+        return [name for name in self.plan.sites if name not in names]
 
     def _oldest(self, site: Site, kept: Sequence[Layer]) -> int:
         """The opset that a site can be written in."""

@@ -14,12 +14,11 @@ each input its own scales [K, N / block_size], which are skipped together with i
 from __future__ import annotations
 
 import numpy as np
-import onnx
-import onnx.parser
 import onnx_ir as ir
 from onnx.defs import OpSchema
 
-from sparse_onnx.blocks.spec import DOMAIN, DOMAIN_VERSION
+from sparse_onnx.blocks.spec import DOMAIN
+from sparse_onnx.blocks.thresholded_schema import layer_schema
 
 LINEAR, N_BITS = "ThresholdedLinear", "ThresholdedLinearNBits"
 #: DequantizeLinear in blocks.
@@ -42,8 +41,6 @@ _BODY = """
   product = MatMul(kept, W)
   Y = Add(product, folded_bias)
 """
-_FLOATS = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)"]
-_INTEGERS = ["tensor(int4)", "tensor(uint4)", "tensor(int8)", "tensor(uint8)"]
 
 
 def is_thresholded(node: ir.Node) -> bool:
@@ -82,41 +79,20 @@ def _schema(op: str) -> OpSchema:
             parameter("scales", "T", "[K, N / block_size] or [K / block_size, N]"),
             parameter("zero_points", "Q", "as scales"),
         ]
-    constraints = [("T", _FLOATS, "Numbers.")] + ([("Q", _INTEGERS, "Stored weights.")] if integers else [])
     attributes = [
         OpSchema.Attribute("axis", OpSchema.AttrType.INT, "Of W, along which its blocks lie: 0 or 1."),
         OpSchema.Attribute("block_size", OpSchema.AttrType.INT, "Weights that share a scale."),
     ]
-    schema = OpSchema(
+    return layer_schema(
         op,
-        DOMAIN,
-        DOMAIN_VERSION,
         "Y = S(X - centre) W + folded_bias, S(v) = v where |v| > tau, else 0.",
-        inputs=[
+        [
             parameter("X", "T", "[..., K]"),
             *weights,
             parameter("tau", "T", "[1] or [K]; -1 skips nothing"),
             parameter("centre", "T", "[1] or [K]"),
             parameter("folded_bias", "T", "[N]: bias + centre W"),
         ],
-        outputs=[parameter("Y", "T", "[..., N]")],
-        type_constraints=constraints,
-        attributes=attributes if integers else [],
+        tokens=0,
+        attributes=attributes if integers else (),
     )
-    schema.set_type_and_shape_inference_function(_infer)
-    return schema
-
-
-def _infer(context: onnx.shape_inference.InferenceContext) -> None:
-    x, bias = context.get_input_type(0), context.get_input_type(context.get_num_inputs() - 1)
-    if x is None:
-        return
-    result = onnx.TypeProto()
-    result.tensor_type.elem_type = x.tensor_type.elem_type
-    if x.tensor_type.HasField("shape"):
-        for source in x.tensor_type.shape.dim[:-1]:
-            result.tensor_type.shape.dim.add().CopyFrom(source)
-        last = result.tensor_type.shape.dim.add()
-        if bias is not None and len(bias.tensor_type.shape.dim) == 1:
-            last.CopyFrom(bias.tensor_type.shape.dim[0])
-    context.set_output_type(0, result)

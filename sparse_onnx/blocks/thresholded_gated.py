@@ -15,11 +15,11 @@ The n-bit variant holds both matrices as integers, (W - zero_points) * scales, i
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from onnx.defs import OpSchema
 
-from sparse_onnx.blocks.spec import DOMAIN, DOMAIN_VERSION
+from sparse_onnx.blocks.spec import DOMAIN
+from sparse_onnx.blocks.thresholded_schema import layer_schema
 
 GATED, GATED_N_BITS = "ThresholdedGatedMLP", "ThresholdedGatedMLPNBits"
 #: DequantizeLinear in blocks.
@@ -49,8 +49,6 @@ _BODY = """
   result = MatMul(hidden, down)
   Y = Add(result, bias)
 """
-_FLOATS = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)"]
-_INTEGERS = ["tensor(int4)", "tensor(uint4)", "tensor(int8)", "tensor(uint8)"]
 
 
 def is_gated(node: ir.Node) -> bool:
@@ -99,17 +97,14 @@ def _schema(op: str) -> OpSchema:
             found += [parameter(f"{name}_scales", "T", grid), parameter(f"{name}_zero_points", "Q", grid)]
         return found
 
-    constraints = [("T", _FLOATS, "Numbers.")] + ([("Q", _INTEGERS, "Stored weights.")] if integers else [])
     attributes = [
         OpSchema.Attribute(name, OpSchema.AttrType.INT, "Axis of blocks, 0 or 1; weights that share a scale.")
         for name in _ATTRIBUTES
     ]
-    schema = OpSchema(
+    return layer_schema(
         op,
-        DOMAIN,
-        DOMAIN_VERSION,
         "Y = (S(A) * (X up^T + up_bias)) down + bias, S(a) = a where |a| > tau, else 0.",
-        inputs=[
+        [
             parameter("A", "T", "[..., I]: the activation of the gate"),
             parameter("X", "T", "[..., K]"),
             *weights("up", "K"),
@@ -118,24 +113,6 @@ def _schema(op: str) -> OpSchema:
             parameter("tau", "T", "[1]; -1 skips nothing"),
             parameter("bias", "T", "[N]"),
         ],
-        outputs=[parameter("Y", "T", "[..., N]")],
-        type_constraints=constraints,
-        attributes=attributes if integers else [],
+        tokens=1,
+        attributes=attributes if integers else (),
     )
-    schema.set_type_and_shape_inference_function(_infer)
-    return schema
-
-
-def _infer(context: onnx.shape_inference.InferenceContext) -> None:
-    x, bias = context.get_input_type(1), context.get_input_type(context.get_num_inputs() - 1)
-    if x is None:
-        return
-    result = onnx.TypeProto()
-    result.tensor_type.elem_type = x.tensor_type.elem_type
-    if x.tensor_type.HasField("shape"):
-        for source in x.tensor_type.shape.dim[:-1]:
-            result.tensor_type.shape.dim.add().CopyFrom(source)
-        last = result.tensor_type.shape.dim.add()
-        if bias is not None and len(bias.tensor_type.shape.dim) == 1:
-            last.CopyFrom(bias.tensor_type.shape.dim[0])
-    context.set_output_type(0, result)

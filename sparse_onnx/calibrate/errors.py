@@ -43,9 +43,8 @@ def error_curves(
         if not len(rows):
             continue
         rows = np.ascontiguousarray(rows, np.float32)
-        results = rows @ matrix
-        factors = row_factors(results)
-        whole += _square(factors * results)
+        factors, square = _levelled(rows, matrix)
+        whole += square
         weigh = _Weigher(matrix, len(rows), len(distinct) * (len(SPARSITIES) - 1))
         for name in distinct:
             distance = rows - described.centre(name)
@@ -55,12 +54,7 @@ def error_curves(
                 tau = described.quantiles[name][[round(SPARSITIES[at] * 100) for at in some]]
                 dropped = size <= tau.astype(np.float32)[:, None, None]
                 lost[name][some] += weigh(np.where(dropped, distance, np.float32(0)))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        curves = {
-            name: np.where(values > 0, np.minimum(np.sqrt(values / whole), MOST), 0.0) if whole else
-            np.where(values > 0, MOST, 0.0)
-            for name, values in lost.items()
-        }  # fmt: skip
+    curves = {name: _relative(values, whole) for name, values in lost.items()}
     return {name: curves[_same(name, distinct, described)] for name in CENTRES}
 
 
@@ -89,14 +83,25 @@ def gated_errors(
         if not len(hidden):
             continue
         hidden = np.ascontiguousarray(hidden, np.float32)
-        results = hidden @ matrix
-        factors = row_factors(results)
-        whole += _square(factors * results)
+        factors, square = _levelled(hidden, matrix)
+        whole += square
         levelled = factors * hidden
         weigh = _Weigher(matrix, len(hidden), len(SPARSITIES) - 1)
         for some in _chunks(hidden.nbytes):
             lost[some] += weigh(np.where(sizes <= tau[some][:, None, None], levelled, np.float32(0)))
-    with np.errstate(divide="ignore", invalid="ignore"):
+    return _relative(lost, whole)
+
+
+def _levelled(rows: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, float]:
+    """D of the rows, and ||D X W||²."""
+    results = rows @ matrix
+    factors = row_factors(results)
+    return factors, _square(factors * results)
+
+
+def _relative(lost: np.ndarray, whole: float) -> np.ndarray:
+    """Of squares."""
+    with np.errstate(divide="ignore"):
         errors = np.sqrt(lost / whole) if whole else np.full(len(lost), MOST)
     return np.where(lost > 0, np.minimum(errors, MOST), 0.0)
 

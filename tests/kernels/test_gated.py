@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from again import concurrently, on_level
 from gated_layers import Gated, fed, make, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -165,19 +162,7 @@ def test_several_threads_again_and_again(stored: str | None, tokens: int, librar
     first = [run.run(None, feeds)[0] for feeds in fedden]
     for feeds, actual in zip(fedden, first, strict=True):
         assert error(made.expected(feeds["A"], feeds["X"]), actual) < 3e-6
-    failures: list[str] = []
-
-    def work(number: int) -> None:
-        for _ in range(5):
-            if not np.array_equal(run.run(None, fedden[number])[0], first[number]):
-                failures.append(f"input {number}")
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1, 0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    concurrently(run, fedden, first)
 
 
 @st.composite
@@ -200,10 +185,4 @@ def test_any_layer(library: Path, layer: Gated, tokens: int) -> None:
 @pytest.mark.parametrize("level", ["base", "v3", "v4"])
 def test_each_level_of_the_processor(level: str, library: Path) -> None:
     """All of this file again, on what older processors run."""
-    if "SPARSE_ONNX_KERNEL_LEVEL" in os.environ:
-        pytest.skip("this is that run")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    run = subprocess.run(
-        command, env={**os.environ, "SPARSE_ONNX_KERNEL_LEVEL": level}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout[-2000:]
+    on_level(level, __file__)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from again import concurrently, on_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import Layer, error, inputs, make, session
@@ -134,19 +131,7 @@ def test_realistic_sizes_on_several_threads_again_and_again(
     first = [runs.run(None, {"X": x})[0] for x in xs]
     for want, got in zip(expected, first, strict=True):
         assert error(want, got) < 3e-6
-    failures: list[str] = []
-
-    def work(number: int) -> None:
-        for _ in range(5):
-            if not np.array_equal(runs.run(None, {"X": xs[number]})[0], first[number]):
-                failures.append(f"input {number}")
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1, 0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    concurrently(runs, [{"X": x} for x in xs], first)
 
 
 @st.composite
@@ -178,10 +163,4 @@ def test_any_layer(library: Path, layer: Layer, tokens: int) -> None:
 @pytest.mark.parametrize("level", ["base", "v3", "v4"])
 def test_each_level_of_the_processor(level: str, library: Path) -> None:
     """All of this file again, on what older processors run."""
-    if "SPARSE_ONNX_KERNEL_LEVEL" in os.environ:
-        pytest.skip("this is that run")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    run = subprocess.run(
-        command, env={**os.environ, "SPARSE_ONNX_KERNEL_LEVEL": level}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout[-2000:]
+    on_level(level, __file__)
