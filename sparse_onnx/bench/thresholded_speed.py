@@ -120,7 +120,7 @@ def measure(
 
 def _forget(model: Path) -> None:
     """Drops a model's files from the system's cache. Native kernels read weights where the file is mapped, and files
-    that happen to lie in large pages there are read up to a fifth faster than others: all begin alike."""
+    that were cached in different ways differed by a fifth with nothing skipped: so all begin alike."""
     for path in (model, model.with_suffix(".data"), model.with_name(f"{model.name}.data")):
         if path.exists() and hasattr(os, "posix_fadvise"):
             with open(path, "rb") as file:

@@ -1,7 +1,6 @@
 """CALIB.json: what `sparse-onnx calibrate` measured of one model, and what `optimize --thresholds` reads.
 
-Field names are the JSON contract (schema 2; files of schema 1, which lack `gated`, are read as well). Every number is
-finite; ``None`` stands for what does not apply.
+Field names are the JSON contract (schema 1). Every number is finite; ``None`` stands for what does not apply.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 from sparse_onnx.core.errors import UsageError
 from sparse_onnx.core.report import Refusal, tool_versions
 
-SCHEMA = 2
+SCHEMA = 1
 COMMAND = "calibrate"
 #: What a site's rows are measured from: 0, the median of all values, their most frequent value, a median a channel.
 CENTRES = ("zero", "median", "mode", "channel_median")

@@ -29,8 +29,6 @@ _HINT = "`sparse-onnx calibrate MODEL --data FILES -o CALIB.json` writes such a 
 #: Bytes of the largest file that is read. Statistics of 1,000 sites of 16,384 channels are 200 MB.
 _MOST_BYTES = 1 << 30
 _NAMED = 80
-#: Schemas that are read: the first one had no gated layers.
-_SCHEMAS = (1, SCHEMA)
 
 Made = TypeVar("Made")
 
@@ -168,12 +166,12 @@ def _is_number(value: Any) -> bool:
 
 def _calibration(fields: _Fields) -> Calibration:
     schema = fields.get("schema")
-    if isinstance(schema, bool) or schema not in _SCHEMAS or fields.get("command") != COMMAND:
+    if isinstance(schema, bool) or schema != SCHEMA or fields.get("command") != COMMAND:
         raise _Wrong(f"schema {schema!r} of {fields.get('command')!r}, not {SCHEMA} of {COMMAND!r}")
     model, data = fields.object("model"), fields.object("data")
     layers = tuple(map(_site, fields.objects("layers")))
     blocks = tuple(map(_block, fields.objects("blocks")))
-    gated = tuple(map(_gated, fields.objects("gated", optional=schema == 1)))
+    gated = tuple(map(_gated, fields.objects("gated")))
     for kind, names in (
         ("layers", [item.name for item in layers]),
         ("gated", [item.name for item in gated]),

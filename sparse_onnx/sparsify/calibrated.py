@@ -106,8 +106,7 @@ def make_plan(
     if method == "cats" and not calibration.gated:
         raise ImpossibleError(
             "no gated layer was measured, whose gate could say what is skipped",
-            "another method takes layers of any kind; a calibration that was made before sparse-onnx knew 'cats' is "
-            "to be made again",
+            "another method takes layers of any kind; the calibration says why gated ones were left alone",
         )
     costs = Costs.of(calibration, method)
     least = LEAST[mode] if least is None else least

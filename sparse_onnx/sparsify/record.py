@@ -13,8 +13,6 @@ import onnx_ir as ir
 ACTING_KEY = "sparse_onnx.threshold"
 #: Model metadata: JSON, a `Thresholds`.
 THRESHOLDS_KEY = "sparse_onnx.thresholds"
-#: What entries do not have that were written before gated layers were thresholded.
-_GATED = ("rows", "up", "up_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +74,7 @@ def acting(model: ir.Model) -> list[Acting]:
     found = []
     for node in model.graph.all_nodes():
         entry = _read(node.metadata_props.get(ACTING_KEY))
-        texts = ("site", "input", "bound", "centre", "weight", "folded", *_GATED)
-        entry = None if entry is None else dict.fromkeys(_GATED, "") | entry
+        texts = ("site", "input", "bound", "centre", "weight", "folded", "rows", "up", "up_bias")
         if entry is None or set(entry) != {*texts, "nbytes"} or type(entry["nbytes"]) is not int:
             continue
         if all(isinstance(entry[name], str) for name in texts):

@@ -99,18 +99,11 @@ def test_more_than_up_and_down_cannot_be_skipped(dense: Path) -> None:
         optimized(dense, sparsity=0.7)
 
 
-def test_a_model_without_gates_and_an_old_calibration_are_refused(dense: Path, tmp_path: Path) -> None:
+def test_a_model_without_gates_is_refused(tmp_path: Path) -> None:
     onnx.save(dense_model(), tmp_path / "in.onnx")
     calibrated(tmp_path, 48)
     with pytest.raises(ImpossibleError, match="no gated layer was measured"):
         optimized(tmp_path, sparsity=0.2)
-    data = json.loads((dense / "calib.json").read_text()) | {"schema": 1}
-    del data["gated"]
-    (tmp_path / "old.json").write_text(json.dumps(data))
-    with pytest.raises(ImpossibleError, match="no gated layer was measured") as error:
-        optimized(dense, sparsity=0.2, thresholds=tmp_path / "old.json")
-    assert "made again" in error.value.hint
-    assert optimized(dense, sparsity=0.2, thresholds=tmp_path / "old.json", method="teal").thresholds.sites
 
 
 def test_a_calibration_with_other_gates_leaves_them_dense(dense: Path, tmp_path: Path) -> None:
