@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparse_onnx.bench.measure import Contestant
+from sparse_onnx.bench.measure import NO_SPINNING, Contestant
 from sparse_onnx.core.errors import UsageError, VerificationError
 from sparse_onnx.targets import session as sessions
 
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     import torch
 
 Feeds = Mapping[str, np.ndarray]
-
-#: One session's threads must not spin while another contestant is timed.
-_SESSION_ENTRIES = {"session.force_spinning_stop": "1"}
 
 #: PyTorch's threads spin for a while behind each call; nobody else is timed until they sleep.
 SETTLE_S = 0.005
@@ -31,7 +28,7 @@ def create(path: str | os.PathLike[str], threads: int) -> onnxruntime.InferenceS
     Raises:
         ModelError, ImpossibleError: it does not load.
     """
-    return sessions.create_session(path, threads=threads, entries=_SESSION_ENTRIES)
+    return sessions.create_session(path, threads=threads, entries=NO_SPINNING)
 
 
 def onnx(name: str, session: onnxruntime.InferenceSession, feeds: Sequence[Feeds]) -> Contestant:

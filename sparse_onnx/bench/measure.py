@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from sparse_onnx.core.report import BenchRow
 
+#: Session entries: one session's threads must not spin while another contestant is timed.
+NO_SPINNING = {"session.force_spinning_stop": "1"}
 #: Bounds of the rounds a token count, where they follow from the time.
 _FEWEST, _MOST = 7, 200
 #: Seconds of a run below which waking a thread pool shows: the scheduler may take several milliseconds.

@@ -29,7 +29,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper  # noqa: TID251 - the models are parts of the measurement
 
 from sparse_onnx.bench import thresholded_page as page
-from sparse_onnx.bench.measure import Contestant, interleave
+from sparse_onnx.bench.measure import NO_SPINNING, Contestant, interleave
 from sparse_onnx.bench.thresholded_layers import FLOATS, MICROSOFT, TAU, TYPES, Kind, cast, kinds
 from sparse_onnx.blocks.spec import DOMAIN
 from sparse_onnx.core.errors import SparseOnnxError
@@ -162,6 +162,8 @@ def _session(
     )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    for entry in NO_SPINNING.items():
+        options.add_session_config_entry(*entry)
     if kind.native:
         register_kernels(options)
     return onnxruntime.InferenceSession(

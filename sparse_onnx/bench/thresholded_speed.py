@@ -18,13 +18,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from sparse_onnx.bench.measure import Contestant, interleave
+from sparse_onnx.bench.measure import NO_SPINNING, Contestant, interleave
 from sparse_onnx.bench.thresholded_cases import Case, Feeds
 from sparse_onnx.bench.thresholded_variants import Variant
 from sparse_onnx.targets import session as sessions
 
-#: One session's threads must not spin while another one is timed.
-_ENTRIES = {"session.force_spinning_stop": "1"}
 #: Texts that take turns.
 _TEXTS = 4
 #: Seconds that the shortest runs are repeated for, a contestant, and rounds at least.
@@ -103,7 +101,7 @@ def measure(
     for variant in chosen:
         _forget(case.file(variant))
     opened = [
-        sessions.create_session(case.file(variant), threads=threads, entries=_ENTRIES, kernels=True)
+        sessions.create_session(case.file(variant), threads=threads, entries=NO_SPINNING, kernels=True)
         for variant in chosen
     ]
     found = {}
