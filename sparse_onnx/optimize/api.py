@@ -145,13 +145,13 @@ def optimize(
             prefill=prefill,
         )
         settings.setdefault("insert_thresholds", {})
-    elif (
-        budget is not None
-        or sparsity is not None
-        or eval_data
-        or dense_first is not None
-        or prefill != "shared"
-    ):
+    elif any(given is not None for given in (budget, sparsity, dense_first, tokenizer)) or (
+        tuple(eval_data),
+        method,
+        allocation,
+        threshold_mode,
+        prefill,
+    ) != ((), "scap", "blocks", "native", "shared"):
         raise UsageError("thresholds come from a calibration", "--thresholds CALIB.json names it")
     planned = runner.plan(profile.form_names, settings, skip)
     measured = TuningFile(tuning) if tuning is not None else None

@@ -219,10 +219,23 @@ def test_what_is_no_request(case: Case, options: dict[str, Any], message: str) -
     assert caught.value.exit_code == 2 and not (case.folder / "never.onnx").exists()
 
 
-def test_options_of_thresholds_need_a_calibration(case: Case) -> None:
-    for options in ({"sparsity": 0.3}, {"budget": "top1>=0.9"}, {"eval_data": ["x"]}, {"dense_first": 2}):
-        with pytest.raises(UsageError, match="thresholds come from a calibration"):
-            sparse_onnx.optimize(case.model, case.folder / "never.onnx", **options)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sparsity": 0.3},
+        {"budget": "top1>=0.9"},
+        {"eval_data": ["x"]},
+        {"dense_first": 2},
+        {"method": "cats"},
+        {"allocation": "greedy"},
+        {"threshold_mode": "gather"},
+        {"prefill": "copy"},
+        {"tokenizer": "tokenizer.json"},
+    ],
+)
+def test_options_of_thresholds_need_a_calibration(case: Case, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="thresholds come from a calibration"):
+        sparse_onnx.optimize(case.model, case.folder / "never.onnx", **options)
 
 
 @pytest.mark.parametrize(
