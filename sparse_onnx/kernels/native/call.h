@@ -26,6 +26,11 @@ struct Tensor {
     for (int64_t dim : shape) total *= dim;
     return total;
   }
+  int64_t rows() const {  // of an input [..., K]
+    int64_t total = 1;
+    for (size_t axis = 0; axis + 1 < shape.size(); ++axis) total *= shape[axis];
+    return total;
+  }
 };
 
 Tensor input(ort::KernelContext* context, size_t index);

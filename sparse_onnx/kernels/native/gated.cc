@@ -19,13 +19,6 @@ constexpr int64_t kAlone = 1 << 16;  // products below which waking threads cost
 constexpr int64_t kUnion = 32;       // tokens up to which a row of weights may be needed by none
 constexpr int64_t kPart = 64;        // rows of weights that a thread takes at a time, for several tokens
 
-float* scratch(int64_t floats) {
-  thread_local int64_t size = 0;
-  thread_local Room room(0);  // grows once a thread, and stays
-  if (size < floats) room = Room(size = floats);
-  return room.get();
-}
-
 struct Layer {
   Weights up, down;
   const float *up_bias, *bias;
@@ -123,8 +116,7 @@ void gated(ort::KernelContext* context, Type type, Type weight_type) {
   std::vector<int64_t> shape = x.shape;
   shape.back() = outputs;
   void* y = output(context, shape);
-  int64_t tokens = 1;
-  for (size_t axis = 0; axis + 1 < x.shape.size(); ++axis) tokens *= x.shape[axis];
+  const int64_t tokens = x.rows();
   if (!tokens || !outputs) return;
   const Wide wide_gate(type, gate.data, tokens * units), wide_x(type, x.data, tokens * inputs);
   const Wide wide_up_bias(type, up_bias.data, units), wide_bias(type, bias.data, outputs), wide_tau(type, tau.data, 1);

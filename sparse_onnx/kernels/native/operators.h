@@ -14,6 +14,6 @@ struct Signature {
 };
 
 // Of numbers, and of integers with scales and zero points.
-extern const Signature kGatedMLP, kGatedMLPNBits;
+extern const Signature kLinear, kLinearNBits, kGatedMLP, kGatedMLPNBits;
 
 }  // namespace sparse_onnx

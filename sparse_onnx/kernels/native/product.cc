@@ -8,6 +8,13 @@
 
 namespace sparse_onnx {
 
+float* scratch(int64_t floats) {
+  thread_local int64_t size = 0;
+  thread_local Room room(0);  // grows once a thread, and stays
+  if (size < floats) room = Room(size = floats);
+  return room.get();
+}
+
 namespace {
 
 // Bytes of weights for which it is worth waking a thread. What a session's pool has is not to be learned from ONNX
@@ -25,13 +32,6 @@ constexpr double kAgain = 1.7, kAgainIntegers = 6.5;
 
 int64_t bits(Type type) {
   return type == Type::F32 ? 32 : type <= Type::BF16 ? 16 : type <= Type::U8 ? 8 : 4;
-}
-
-float* scratch(int64_t floats) {
-  thread_local int64_t size = 0;
-  thread_local Room room(0);  // grows once a thread, and stays
-  if (size < floats) room = Room(size = floats);
-  return room.get();
 }
 
 // work(first, last) for all columns.

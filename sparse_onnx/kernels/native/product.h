@@ -18,6 +18,9 @@ class Room {
   std::unique_ptr<float[]> held_;
 };
 
+// Room of the calling thread, which the next call overwrites; nothing is written into it.
+float* scratch(int64_t floats);
+
 // Numbers of any float type as floats; those of floats stay where they are.
 class Wide {
  public:
