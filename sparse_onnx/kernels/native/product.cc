@@ -30,10 +30,6 @@ constexpr int64_t kUnion = 32;         // tokens up to which a row of weights ma
 // one, each reading its own rows: measured with AVX-512, for weights as large as float32 and for integers.
 constexpr double kAgain = 1.7, kAgainIntegers = 6.5;
 
-int64_t bits(Type type) {
-  return type == Type::F32 ? 32 : type <= Type::BF16 ? 16 : type <= Type::U8 ? 8 : 4;
-}
-
 // work(first, last) for all columns.
 template <class F>
 void by_columns(ort::KernelContext* context, int64_t columns, int64_t part, F&& work) {
