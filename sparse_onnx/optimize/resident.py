@@ -54,8 +54,8 @@ _ONLY_USED = "resident: only weights that are used"
 
 @dataclasses.dataclass(frozen=True)
 class Residency:
-    """Bytes of packed copies: `movable` ones can stay in the file (`--weights prepacked`), `fixed` ones cannot, and those
-    of thresholded layers need not be (`register_kernels(hold_weights=False)`)."""
+    """Bytes of packed copies: `movable` ones can stay in the file (`--weights prepacked`), `fixed` ones cannot, and
+    those of thresholded layers need not be (`register_kernels(hold_weights=False)`)."""
 
     movable: int
     fixed: int
