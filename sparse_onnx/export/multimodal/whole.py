@@ -120,6 +120,8 @@ class Whole:
         first = self.outputs[kind]
         pooled = getattr(first, "pooler_output", None) is not None
         output["pooler_output" if pooled else "last_hidden_state"] = shaped
+        if pooled and _is(before, first.last_hidden_state):  # a forward may take either
+            output["last_hidden_state"] = shaped
         if getattr(first, "attention_mask", None) is not None:
             output["attention_mask"] = torch.ones_like(shaped[..., 0], dtype=torch.bool)
         if self.deep:
@@ -160,6 +162,10 @@ def emptied(output: Any) -> Any:
 def _of(output: Any) -> Any:
     pooled = getattr(output, "pooler_output", None)
     return output.last_hidden_state if pooled is None else pooled
+
+
+def _is(left: Any, right: Any) -> bool:
+    return isinstance(left, Tensor) and isinstance(right, Tensor) and torch.equal(left, right)
 
 
 def _joined(features: Any) -> Tensor:
