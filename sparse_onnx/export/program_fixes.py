@@ -63,7 +63,7 @@ def _resize(node: fx.Node) -> None:
                 scales[axis] = float(new // old)
         elif 1 < scale < most + 1 and not scale.is_integer():
             raise ImpossibleError(
-                f"the model resizes an axis of open length by {scale:g}, which torch computes otherwise where it rounds",
+                f"the model resizes an axis of open length by {scale:g}, which may keep its length",
                 "make that axis static, or resize to a size instead of by a factor",
             )
     node.args = (*node.args[:place], scales, *node.args[place + 1 :])

@@ -160,11 +160,9 @@ def inputs_of(source: Source, whole: Whole, asked: Prompt, seed: int) -> dict[st
     """What the whole model's forward gets for a prompt, with media of their own."""
     generator, varying = torch.Generator().manual_seed(100 + seed), dict[str, list[Tensor]]()
     for media in whole.media:
-        for name, value in media.varying.items():
-            varying[name] = [
-                torch.randn(value.shape, generator=generator).to(value.dtype)
-                for _ in range(asked.pieces[media.kind])
-            ]
+        drawn = [media.drawn(generator) for _ in range(asked.pieces[media.kind])]
+        for name in media.varying:
+            varying[name] = [each[name] for each in drawn]
     inputs = cutting.arguments(whole, asked, varying) | cutting.types(source.module, whole.media, asked)
     return with_positions(source, whole, inputs, "").inputs
 

@@ -120,7 +120,7 @@ def _encoder(
             part = parts.encoder(source, whole, each.kind, several=True)
             return _export(part, function, each.kind, folder, opset, say, given)
         except ImpossibleError:
-            if not part.interface.symbols:
+            if not part.interface.symbols or each.open_axes:
                 raise
         part = parts.encoder(source, whole, each.kind, several=False)
         return _export(part, function, each.kind, folder, opset, say, given)
@@ -173,7 +173,7 @@ def _report(
     records = {FILES[part]: report.verify for part, report in made.items() if report.verify is not None}
     if record is not None:
         records["all files"] = record
-    notes = [*source.notes]
+    notes = [note for note in source.notes if "text alone" not in note]
     notes += [
         f"{FILES[each.kind]} takes {each.described} at a time" for each in whole.media if each.kind in made
     ]
