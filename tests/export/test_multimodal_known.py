@@ -60,3 +60,15 @@ def test_writing_something_unknown_into_it_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="written into"):
         size[0] = torch.zeros(3, dtype=torch.int64)
     assert GRID[0].tolist() == [1, 2, 3]
+
+
+def test_a_view_of_a_known_tensor_enters_a_trace() -> None:
+    full = torch.tensor([[True, True, False, True]])
+
+    class Masked(torch.nn.Module):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return states * known.known(full)[:, ::2]
+
+    states = torch.randn(1, 2)
+    program = torch.export.export(Masked(), (states,), strict=False)
+    torch.testing.assert_close(program.module()(states), states * torch.tensor([[1.0, 0.0]]))

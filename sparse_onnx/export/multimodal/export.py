@@ -59,8 +59,7 @@ def run(
         _text(source, whole), _logits(whole), "text", folder, opset, say, given, whole if past else None
     )
     record = _chain(source, whole, folder, made, past, say)
-    if record is not None:
-        pipeline.must_agree(record, source)
+    pipeline.must_agree(record, source)
     stale = [FILES[part] for part in FILES if part not in made and (out / FILES[part]).exists()]
     if stale:
         raise UsageError(
@@ -144,18 +143,16 @@ def _text(source: Source, whole: Whole) -> Source:
 
 def _chain(
     source: Source, whole: Whole, folder: Path, made: Collection[str], past: bool, say: Callable[[str], None]
-) -> VerifyRecord | None:
-    """None where an encoder is missing, so that there is no chain. Half precision is compared by the float32 twins that
+) -> VerifyRecord:
+    """Where an encoder is missing, on prompts without its media. Half precision is compared by the float32 twins that
     the parts were compared by."""
-    if not all(each.kind in made for each in whole.media):
-        return None
     half = pipeline.half_type(source)
     paths = {part: folder / part / FILES[part] for part in made}
     if half:
         source, whole = source.widened(), whole.widened()
         paths = {part: folder / f"{part}.scratch" / f"float32.{FILES[part]}" for part in made}
     found, tolerance = experts.find(source.module), TOLERANCES[half] / 10 if half else TOLERANCES["float32"]
-    runs = chain.planned(source, whole)
+    runs = chain.planned(source, whole, made)
     record = chain.compare(source, whole, paths, found, runs, tolerance=tolerance, progress=say)
     if past and record.passed:
         record = generation.check(record, source, whole, paths, found, tolerance=tolerance, progress=say)
@@ -167,19 +164,19 @@ def _report(
     whole: Whole,
     out: Path,
     made: dict[str, Report],
-    record: VerifyRecord | None,
+    record: VerifyRecord,
     left_out: list[str],
 ) -> Report:
     records = {FILES[part]: report.verify for part, report in made.items() if report.verify is not None}
-    if record is not None:
-        records["all files"] = record
+    records["all files"] = record
     notes = [note for note in source.notes if "text alone" not in note]
     notes += [
         f"{FILES[each.kind]} takes {each.described} at a time" for each in whole.media if each.kind in made
     ]
     notes += left_out
-    if record is None:
-        notes.append("each file was compared by itself; as one they were not, since an encoder is missing")
+    missing = [each.kind for each in whole.media if each.kind not in made]
+    if missing:
+        notes.append(f"all files together were compared on prompts without {' and '.join(missing)}")
     for part, report in made.items():
         # Every part looks at all experts of the model; the decoder's file is what it is about.
         about = [

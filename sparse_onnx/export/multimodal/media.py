@@ -1,8 +1,8 @@
 """Sample images and sound for a multimodal model of transformers, in the form that its own processor gives.
 
-Each family has one of a few forms, which the arguments of its `get_image_features` or `get_audio_features` (see `sound`)
-tell apart. What the form has beside the pixels or the sound - a grid, positions, lengths - follows from the size alone, and the
-export takes it as fixed.
+Each family has one of a few forms, which the arguments of its `get_image_features` or `get_audio_features` tell apart
+(for sound see `sound`). What the form has beside the pixels or the sound - a grid, positions, lengths - follows from
+the size alone, and the export takes it as fixed.
 """
 
 from __future__ import annotations

@@ -46,7 +46,9 @@ def sample(model: Any, takes: set[str]) -> Sound:
     bins, words = _bins(config), getattr(config, "mel_vocab_size", None)
     if bins is None:
         raise ImpossibleError("sound in a form that is not known")
-    if "audio_input_ids" in takes and words is not None:  # a spectrogram of so many loudnesses, a token each frame
+    if (
+        "audio_input_ids" in takes and words is not None
+    ):  # a spectrogram of so many loudnesses, a token each frame
         ids = torch.randint(words, (1, _TOKENS, bins), generator=generator)
         ids[..., 0, 0] = words - 1  # the sample tells the range of others
         return Sound({"audio_input_ids": ids}, {}, "any number of frames of sound", {1: "frames"})
