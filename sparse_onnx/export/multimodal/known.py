@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_any, tree_map_only
 #: What makes a tensor of Python numbers alone.
 _MADE = frozenset({torch.tensor, torch.as_tensor, torch.arange, torch.linspace})
 #: What asks for the tensor that another is a view of: a plain one of a known one would be a view of it, without end.
-_VIEWS = frozenset({Tensor._is_view, Tensor._base.__get__})  # type: ignore[attr-defined]
+_VIEWS = frozenset({Tensor._is_view, Tensor._base.__get__})  # type: ignore[union-attr]
 
 
 class Known(Tensor):
