@@ -16,7 +16,7 @@ import onnxruntime  # noqa: E402
 
 from sparse_onnx import export  # noqa: E402
 from sparse_onnx.bench.coverage import multimodal as tiny  # noqa: E402
-from sparse_onnx.core.errors import ImpossibleError  # noqa: E402
+from sparse_onnx.core.errors import ImpossibleError, UsageError  # noqa: E402
 from sparse_onnx.export import experts, sources  # noqa: E402
 from sparse_onnx.export.multimodal import chain, cutting, media, sound  # noqa: E402
 from sparse_onnx.export.multimodal import export as parts  # noqa: E402
@@ -49,6 +49,20 @@ def test_each_form_is_cut(name: str, tmp_path: Path) -> None:
     assert chain.lengths(source, whole) == {"audio": tokens}
 
 
+def test_the_length_of_a_piece_is_the_users(tmp_path: Path) -> None:
+    for name, length, tokens in (("dots3_note", 804, 101), ("muse_spark", 3840, 2)):
+        source = loaded(name, tmp_path)
+        found = media.of_model(source.module, tiny.IMAGE, length)[0]
+        assert chain.lengths(source, cutting.cut(source.module, found[-1:])) == {"audio": tokens}
+    with pytest.raises(UsageError, match="no multiple of the model's 1920 a token"):
+        media.of_model(source.module, tiny.IMAGE, 2000)
+    for name, reason in (("inkling_mm_model", "of any length"), ("step3p7", "no sound")):
+        with pytest.raises(UsageError, match=reason):
+            media.of_model(loaded(name, tmp_path).module, None, 800)
+    with pytest.raises(UsageError, match="for --multimodal only"):
+        export(tmp_path / "dots3_note", tmp_path / "m.onnx", random_weights=True, sound_length=800)
+
+
 def test_other_pieces_are_of_the_same_kind() -> None:
     ids = torch.tensor([[[0, 4], [2, 1]]])
     sample = media.Media("audio", "get_audio_features", 7, {"ids": ids, "wave": torch.zeros(1, 9)}, {}, "")
@@ -70,7 +84,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
     place = tmp_path_factory.mktemp("sound")
     source, of_model = loaded("qwen3_omni_moe_thinker", place), media.of_model
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(media, "of_model", lambda model, _: (of_model(model, tiny.IMAGE)[0][-1:], ()))
+        patch.setattr(media, "of_model", lambda model, *_: (of_model(model, tiny.IMAGE)[0][-1:], ()))
         report = export(place / "qwen3_omni_moe_thinker", place / "out", random_weights=True, multimodal=True)
     return source, place / "out", report
 

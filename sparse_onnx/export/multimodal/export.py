@@ -31,12 +31,13 @@ def run(
     *,
     opset: int,
     image_size: tuple[int, int] | None,
+    sound_length: int | None = None,
     past: bool,
     say: Callable[[str], None],
     given: Sequence[adapters.Named] = (),
 ) -> Report:
     """Writes the parts of a transformers model into the folder `out`; `folder` is scratch space on the same file
-    system, `image_size` height and width in pixels, `given` the user's adapters.
+    system, `image_size` height and width in pixels, `sound_length` frames or samples, `given` the user's adapters.
 
     Raises:
         ImpossibleError: the model cannot be cut, or its embeddings or its decoder cannot be exported.
@@ -44,7 +45,7 @@ def run(
     """
     say("finding the parts")
     module: Any = source.module
-    samples, notes = media.of_model(module, image_size)
+    samples, notes = media.of_model(module, image_size, sound_length)
     whole = cutting.cut(module, samples)
     made, left_out = dict[str, Report](), list(notes)
     for each in whole.media:

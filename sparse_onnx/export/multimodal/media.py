@@ -61,20 +61,26 @@ def owner(model: nn.Module, method: str) -> Any:
     return found[-1] if found else None
 
 
-def of_model(model: Any, image_size: tuple[int, int] | None) -> tuple[list[Media], tuple[str, ...]]:
+def of_model(
+    model: Any, image_size: tuple[int, int] | None, sound_length: int | None = None
+) -> tuple[list[Media], tuple[str, ...]]:
     """A sample of each kind that the model takes, and notes on kinds that are left out.
 
     Args:
         model: a transformers model.
         image_size: height and width in pixels; None: the configuration's own, else 32 patches each way.
+        sound_length: frames of a spectrogram or samples of a waveform; None: 320 frames, or 40 tokens of samples.
 
     Raises:
-        UsageError: the model takes no images of this size.
+        UsageError: the model takes no images of this size, or no sound of this length.
         ImpossibleError: it takes neither images nor sound, or in no form that is known.
     """
-    kinds = {"image": ("get_image_features", _image), "audio": ("get_audio_features", _audio)}
+    kinds: dict[str, tuple[str, Any, Any]] = {
+        "image": ("get_image_features", _image, image_size),
+        "audio": ("get_audio_features", _audio, sound_length),
+    }
     found, reasons = [], []
-    for kind, (method, make) in kinds.items():
+    for kind, (method, make, size) in kinds.items():
         part = owner(model, method)
         if (
             part is None
@@ -85,15 +91,15 @@ def of_model(model: Any, image_size: tuple[int, int] | None) -> tuple[list[Media
         try:
             if token is None:
                 raise ImpossibleError("its configuration names no token for it")
-            found.append(
-                make(model, set(inspect.signature(getattr(part, method)).parameters), token, image_size)
-            )
+            found.append(make(model, set(inspect.signature(getattr(part, method)).parameters), token, size))
         except ImpossibleError as error:
             reasons.append(f"no {kind} encoder: {error.message}")
     if not found:
         raise ImpossibleError(
             reasons[0] if reasons else "the model takes neither images nor sound", "leave out --multimodal"
         )
+    if sound_length is not None and found[-1].kind != "audio":
+        raise UsageError("the model takes no sound that can be exported", "leave out --sound-length")
     return found, tuple(reasons)
 
 
@@ -146,8 +152,8 @@ def _image(model: Any, takes: set[str], token: int, size: tuple[int, int] | None
     return media(1, channels, height, width)
 
 
-def _audio(model: Any, takes: set[str], token: int, _: Any) -> Media:
-    found = sound.sample(model, takes)
+def _audio(model: Any, takes: set[str], token: int, length: int | None) -> Media:
+    found = sound.sample(model, takes, length)
     return Media(
         "audio", "get_audio_features", token, found.varying, found.fixed, found.described, found.open_axes
     )
