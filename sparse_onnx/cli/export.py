@@ -36,6 +36,12 @@ from sparse_onnx.cli.output import Output
     metavar="HEIGHTxWIDTH",
     help="Pixels of the images that --multimodal is for; default: the configuration's, or 32 patches each way.",
 )
+@click.option(
+    "--sound-length",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Frames, or samples, of the pieces of sound that --multimodal is for; default: 320, of a waveform 40 tokens.",
+)
 @click.option("--opset", type=int, help="Operator set version of the result.")
 @click.option(
     "--trust-remote-code", is_flag=True, help="Run the Python code that comes with a Hugging Face model."
@@ -69,6 +75,7 @@ def command(
     past: bool,
     multimodal: bool,
     image_size: tuple[int, int] | None,
+    sound_length: int | None,
     opset: int | None,
     trust_remote_code: bool,
     allow_pickle: bool,
@@ -100,6 +107,7 @@ def command(
             past=past,
             multimodal=multimodal,
             image_size=image_size,
+            sound_length=sound_length,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             adapters=adapters,

@@ -29,6 +29,7 @@ def export(
     past: bool = False,
     multimodal: bool = False,
     image_size: tuple[int, int] | None = None,
+    sound_length: int | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     adapters: Sequence[str | os.PathLike[str] | Callable[[nn.Module], nn.Module | None]] = (),
@@ -59,6 +60,8 @@ def export(
             decoder, into the folder `out`; see `docs/multimodal.md`.
         image_size: height and width in pixels of the images that such an encoder is for; None takes the
             configuration's own, or 32 patches each way.
+        sound_length: frames of a spectrogram, or samples of a waveform, of the pieces of sound that such an encoder is
+            for; None takes 320 frames, or 40 tokens of samples.
         trust_remote_code: run Python code that comes with a Hugging Face model.
         allow_pickle: load weights from pickles, which can run code.
         adapters: teach it unknown mixture-of-experts modules: functions that get a module and give another one
@@ -84,6 +87,8 @@ def export(
     _check_out(out, multimodal)
     if image_size is not None and not multimodal:
         raise UsageError("an image's size is for --multimodal only", "add --multimodal")
+    if sound_length is not None and not multimodal:
+        raise UsageError("the length of sound is for --multimodal only", "add --multimodal")
     if multimodal and (stream or weights == "link"):
         raise UsageError("a multimodal model is loaded whole", "leave --stream and --weights link out")
     if dtype is not None and dtype not in _DTYPES:
@@ -150,6 +155,7 @@ def export(
                     Path(folder),
                     opset=opset,
                     image_size=image_size,
+                    sound_length=sound_length,
                     past=past,
                     say=say,
                     given=given_adapters,

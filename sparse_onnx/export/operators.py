@@ -1,4 +1,4 @@
-"""Translations of torch operators that torch's ONNX exporter lacks."""
+"""Translations of torch operators that torch's ONNX exporter lacks, or gets wrong."""
 
 from __future__ import annotations
 
@@ -18,5 +18,17 @@ def _stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descendin
     return _op.TopK(self, count, axis=dim, largest=int(descending), sorted=1)
 
 
+def _conv3d(self: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """onnxscript 0.7 makes `[channels, 2]` zeros of a bias that is not there, which ONNX Runtime refuses."""
+    from onnxscript.function_libs.torch_lib.ops.core import aten_conv3d
+
+    if bias is None:
+        bias = _op.Expand(_op.CastLike(0.0, self), _op.Shape(weight, start=0, end=1))
+    return aten_conv3d(self, weight, bias, *args, **kwargs)
+
+
 #: By operator.
-TABLE: dict[Any, Callable[..., Any]] = {torch.ops.aten.sort.stable: _stable_sort}
+TABLE: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.sort.stable: _stable_sort,
+    torch.ops.aten.conv3d.default: _conv3d,
+}

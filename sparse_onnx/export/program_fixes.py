@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from sparse_onnx.core.errors import ImpossibleError
+
 _aten = torch.ops.aten
+#: Position of the scales among the arguments, and up to how many times as long an axis torch takes for exactly that
+#: many times as long, whatever the scale says.
+_RESIZED = {_aten.upsample_bilinear2d.vec: (3, 1), _aten.upsample_nearest2d.vec: (2, 2)}
 
 
 def apply(module: torch.nn.Module) -> None:
@@ -15,6 +20,8 @@ def apply(module: torch.nn.Module) -> None:
             for node in list(each.graph.nodes):
                 if node.target in (_aten.squeeze.dim, _aten.squeeze.dims):
                     _squeeze(node)
+                elif node.target in _RESIZED:
+                    _resize(node)
             each.recompile()
 
 
@@ -34,3 +41,29 @@ def _squeeze(node: fx.Node) -> None:
     else:
         node.replace_all_uses_with(source)
         node.graph.erase_node(node)
+
+
+def _resize(node: fx.Node) -> None:
+    """A scale such as 1.02 may leave the length of an axis as it is. torch copies it then; ONNX's Resize interpolates
+    by the scale all the same.
+
+    Raises:
+        ImpossibleError: whether it does is open, as the length is.
+    """
+    place, most = _RESIZED[node.target]  # type: ignore[index]
+    source = node.args[0]
+    if len(node.args) <= place or node.args[place] is None or not isinstance(source, fx.Node):
+        return
+    scales = [float(scale) for scale in node.args[place]]  # type: ignore[union-attr, arg-type]
+    before, after = source.meta["val"].shape[2:], node.meta["val"].shape[2:]
+    for axis, scale in enumerate(scales):
+        old, new = before[axis], after[axis]
+        if isinstance(old, int) and isinstance(new, int):
+            if new in [times * old for times in range(1, most + 1)]:
+                scales[axis] = float(new // old)
+        elif 1 < scale < most + 1 and not scale.is_integer():
+            raise ImpossibleError(
+                f"the model resizes an axis of open length by {scale:g}, which may keep its length",
+                "make that axis static, or resize to a size instead of by a factor",
+            )
+    node.args = (*node.args[:place], scales, *node.args[place + 1 :])

@@ -34,6 +34,7 @@ def test_nothing_is_trusted_unless_asked(received: dict[str, Any]) -> None:
         "past": False,
         "multimodal": False,
         "image_size": None,
+        "sound_length": None,
         "trust_remote_code": False,
         "allow_pickle": False,
         "stream": None,
@@ -57,9 +58,19 @@ def test_every_option(received: dict[str, Any]) -> None:
 
 
 def test_a_multimodal_model_and_the_size_of_its_images(received: dict[str, Any]) -> None:
-    arguments = ["export", "org/name", "folder", "--multimodal", "--image-size", "336x448"]
+    arguments = [
+        "export",
+        "org/name",
+        "folder",
+        "--multimodal",
+        "--sound-length",
+        "800",
+        "--image-size",
+        "336x448",
+    ]
     assert CliRunner().invoke(main, arguments).exit_code == 0
     assert (received["multimodal"], received["image_size"]) == (True, (336, 448))
+    assert received["sound_length"] == 800
     assert CliRunner().invoke(main, [*arguments[:-1], "336"]).exit_code == 2
 
 

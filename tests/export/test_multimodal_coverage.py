@@ -13,7 +13,17 @@ REFUSED = {
     "diffusion_gemma": "does not take embeddings",
 }
 #: Those whose decoder has no cache that the runtimes take.
-WITHOUT_PAST = {"unlimited_ocr", "qwen4_exp", "glm5_next"}
+WITHOUT_PAST = {"unlimited_ocr", "qwen4_exp"}
+#: Those that take sound.
+SOUND = {
+    "dots3_note",
+    "gemma4",
+    "inkling_mm_model",
+    "muse_spark",
+    "nemo_speechlm",
+    "qwen3_omni_moe",
+    "qwen3_omni_moe_thinker",
+}
 EACH = {each.name: each for each in multimodal.architectures()}
 
 
@@ -30,5 +40,7 @@ def test_outcome(name: str) -> None:
         assert not outcome.files and REFUSED[name] in "; ".join(outcome.remarks)
         return
     assert {"embedding", "text"} <= set(outcome.files), outcome.remarks
+    assert ("audio" in outcome.files) is (name in SOUND), outcome.remarks
+    assert ("vision" in outcome.files) is (name != "nemo_speechlm"), outcome.remarks
     assert outcome.past is (name not in WITHOUT_PAST), outcome.remarks
     assert outcome.chained and outcome.error is not None and outcome.error < 1e-4, outcome.remarks

@@ -60,3 +60,17 @@ def test_writing_something_unknown_into_it_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="written into"):
         size[0] = torch.zeros(3, dtype=torch.int64)
     assert GRID[0].tolist() == [1, 2, 3]
+
+
+def test_what_vmap_takes_as_it_is_enters_a_trace() -> None:
+    """transformers' masks are made by `vmap`, which asks no tensor what it is."""
+
+    class Masked(torch.nn.Module):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            with known.factories():
+                mask = torch.vmap(lambda place: torch.ones((), dtype=torch.bool))(torch.arange(4)[:2])
+                return states * mask
+
+    states = torch.randn(1, 2)
+    program = torch.export.export(Masked(), (states,), strict=False)
+    torch.testing.assert_close(program.module()(states), states)

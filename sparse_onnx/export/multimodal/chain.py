@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,13 +145,14 @@ def lengths(source: Source, whole: Whole) -> dict[str, int]:
         }
 
 
-def planned(source: Source, whole: Whole) -> list[Run]:
-    """Prompts with one and several media, with padding, and without any."""
+def planned(source: Source, whole: Whole, only: Collection[str] | None = None) -> list[Run]:
+    """Prompts with one and several media, `only` of these kinds, with padding, and without any."""
     runs, of_each = [], lengths(source, whole)
-    kinds = " and ".join(media.kind for media in whole.media)
-    for seed, (name, counts) in enumerate(_TEXTS):
-        texts = [{media.kind: count for media in whole.media} for count in counts]
-        asked = prompt(source.module.config, whole.media, of_each, texts, seed)  # type: ignore[arg-type]
+    taken = [media.kind for media in whole.media if only is None or media.kind in only]
+    kinds = " and ".join(taken)
+    for seed, (name, counts) in enumerate(_TEXTS if taken else _TEXTS[-1:]):
+        texts = [dict.fromkeys(taken, count) for count in counts]
+        asked = prompt(source.module.config, whole.media, of_each, texts, seed)
         runs.append(with_positions(source, whole, inputs_of(source, whole, asked, seed), name.format(kinds)))
     return runs
 
@@ -160,11 +161,9 @@ def inputs_of(source: Source, whole: Whole, asked: Prompt, seed: int) -> dict[st
     """What the whole model's forward gets for a prompt, with media of their own."""
     generator, varying = torch.Generator().manual_seed(100 + seed), dict[str, list[Tensor]]()
     for media in whole.media:
-        for name, value in media.varying.items():
-            varying[name] = [
-                torch.randn(value.shape, generator=generator).to(value.dtype)
-                for _ in range(asked.pieces[media.kind])
-            ]
+        drawn = [media.drawn(generator) for _ in range(asked.pieces[media.kind])]
+        for name in media.varying:
+            varying[name] = [each[name] for each in drawn]
     inputs = cutting.arguments(whole, asked, varying) | cutting.types(source.module, whole.media, asked)
     return with_positions(source, whole, inputs, "").inputs
 

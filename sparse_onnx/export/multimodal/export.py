@@ -31,12 +31,13 @@ def run(
     *,
     opset: int,
     image_size: tuple[int, int] | None,
+    sound_length: int | None = None,
     past: bool,
     say: Callable[[str], None],
     given: Sequence[adapters.Named] = (),
 ) -> Report:
     """Writes the parts of a transformers model into the folder `out`; `folder` is scratch space on the same file
-    system, `image_size` height and width in pixels, `given` the user's adapters.
+    system, `image_size` height and width in pixels, `sound_length` frames or samples, `given` the user's adapters.
 
     Raises:
         ImpossibleError: the model cannot be cut, or its embeddings or its decoder cannot be exported.
@@ -44,7 +45,7 @@ def run(
     """
     say("finding the parts")
     module: Any = source.module
-    samples, notes = media.of_model(module, image_size)
+    samples, notes = media.of_model(module, image_size, sound_length)
     whole = cutting.cut(module, samples)
     made, left_out = dict[str, Report](), list(notes)
     for each in whole.media:
@@ -59,8 +60,7 @@ def run(
         _text(source, whole), _logits(whole), "text", folder, opset, say, given, whole if past else None
     )
     record = _chain(source, whole, folder, made, past, say)
-    if record is not None:
-        pipeline.must_agree(record, source)
+    pipeline.must_agree(record, source)
     stale = [FILES[part] for part in FILES if part not in made and (out / FILES[part]).exists()]
     if stale:
         raise UsageError(
@@ -120,7 +120,7 @@ def _encoder(
             part = parts.encoder(source, whole, each.kind, several=True)
             return _export(part, function, each.kind, folder, opset, say, given)
         except ImpossibleError:
-            if not part.interface.symbols:
+            if not part.interface.symbols or each.open_axes:
                 raise
         part = parts.encoder(source, whole, each.kind, several=False)
         return _export(part, function, each.kind, folder, opset, say, given)
@@ -144,18 +144,16 @@ def _text(source: Source, whole: Whole) -> Source:
 
 def _chain(
     source: Source, whole: Whole, folder: Path, made: Collection[str], past: bool, say: Callable[[str], None]
-) -> VerifyRecord | None:
-    """None where an encoder is missing, so that there is no chain. Half precision is compared by the float32 twins that
+) -> VerifyRecord:
+    """Where an encoder is missing, on prompts without its media. Half precision is compared by the float32 twins that
     the parts were compared by."""
-    if not all(each.kind in made for each in whole.media):
-        return None
     half = pipeline.half_type(source)
     paths = {part: folder / part / FILES[part] for part in made}
     if half:
         source, whole = source.widened(), whole.widened()
         paths = {part: folder / f"{part}.scratch" / f"float32.{FILES[part]}" for part in made}
     found, tolerance = experts.find(source.module), TOLERANCES[half] / 10 if half else TOLERANCES["float32"]
-    runs = chain.planned(source, whole)
+    runs = chain.planned(source, whole, made)
     record = chain.compare(source, whole, paths, found, runs, tolerance=tolerance, progress=say)
     if past and record.passed:
         record = generation.check(record, source, whole, paths, found, tolerance=tolerance, progress=say)
@@ -167,19 +165,19 @@ def _report(
     whole: Whole,
     out: Path,
     made: dict[str, Report],
-    record: VerifyRecord | None,
+    record: VerifyRecord,
     left_out: list[str],
 ) -> Report:
     records = {FILES[part]: report.verify for part, report in made.items() if report.verify is not None}
-    if record is not None:
-        records["all files"] = record
-    notes = [*source.notes]
+    records["all files"] = record
+    notes = [note for note in source.notes if "text alone" not in note]
     notes += [
         f"{FILES[each.kind]} takes {each.described} at a time" for each in whole.media if each.kind in made
     ]
     notes += left_out
-    if record is None:
-        notes.append("each file was compared by itself; as one they were not, since an encoder is missing")
+    missing = [each.kind for each in whole.media if each.kind not in made]
+    if missing:
+        notes.append(f"all files together were compared on prompts without {' and '.join(missing)}")
     for part, report in made.items():
         # Every part looks at all experts of the model; the decoder's file is what it is about.
         about = [

@@ -40,10 +40,12 @@ def check(
     Each step is fed with transformers' token; compared are its logits.
     """
     module: Any = source.module
-    texts = [{media.kind: 1 for media in whole.media}] * 2
+    kinds = [media.kind for media in whole.media if media.kind in paths]
+    texts = [dict.fromkeys(kinds, 1)] * 2
     asked = prompt(module.config, whole.media, chain.lengths(source, whole), texts, _SEED)
     inputs = chain.inputs_of(source, whole, asked, _SEED)
-    name = f"2 sequences with {' and '.join(each.kind for each in whole.media)}, {_TOKENS} greedy tokens"
+    what = f"with {' and '.join(kinds)}" if kinds else "of text alone"
+    name = f"2 sequences {what}, {_TOKENS} greedy tokens"
     progress(f"generating: {name}")
     with users_code(source.name):
         tokens, logits = _by_transformers(module, inputs, [media.token for media in whole.media])

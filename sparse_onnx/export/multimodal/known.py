@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_any, tree_map_only
 
 #: What makes a tensor of Python numbers alone.
 _MADE = frozenset({torch.tensor, torch.as_tensor, torch.arange, torch.linspace})
+#: What asks for the tensor that another is a view of: a plain one of a known one would be a view of it, without end.
+_VIEWS = frozenset({Tensor._is_view, Tensor._base.__get__})  # type: ignore[union-attr]
 
 
 class Known(Tensor):
@@ -33,6 +35,9 @@ class Known(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func in _VIEWS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         if tree_any(_is_other, (args, kwargs)):
             if _writes(func) and isinstance(args[0], Known):
                 raise NotImplementedError("a tensor that the image's size decides is written into")

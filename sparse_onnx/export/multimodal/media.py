@@ -1,8 +1,8 @@
 """Sample images and sound for a multimodal model of transformers, in the form that its own processor gives.
 
-Each family has one of a few forms, which the arguments of its `get_image_features` or `get_audio_features` tell apart.
-What the form has beside the pixels or the sound - a grid, positions, lengths - follows from the size alone, and the
-export takes it as fixed.
+Each family has one of a few forms, which the arguments of its `get_image_features` or `get_audio_features` tell apart
+(for sound see `sound`). What the form has beside the pixels or the sound - a grid, positions, lengths - follows from
+the size alone, and the export takes it as fixed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from sparse_onnx.core.errors import ImpossibleError, UsageError
+from sparse_onnx.export.multimodal import sound
+from sparse_onnx.export.multimodal.configs import setting
 
 #: Patches of an image's side where neither the configuration nor the user fixes its size.
 _SIDE = 32
-#: Frames of sound: about 3 seconds at Whisper's 100 frames a second, a multiple of what encoders take together.
-_FRAMES = 320
 _PATCH = ("patch_size",)
 _CHANNELS = ("in_channels", "num_channels")
 
@@ -29,7 +29,8 @@ _CHANNELS = ("in_channels", "num_channels")
 @dataclasses.dataclass(frozen=True)
 class Media:
     """One image or one piece of sound. `varying` are the inputs of its encoder's graph, by the names of the model's
-    forward, `fixed` those that become constants of it; `described` is its size in words."""
+    forward, `fixed` those that become constants of it; `described` is its size in words, `open_axes` names axes of the
+    varying inputs of any length, beside the number of pieces."""
 
     kind: str
     method: str
@@ -37,10 +38,21 @@ class Media:
     varying: Mapping[str, Tensor]
     fixed: Mapping[str, Tensor]
     described: str
+    open_axes: Mapping[int, str] = dataclasses.field(default_factory=dict)
+
+    def drawn(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Another piece of the same size."""
+        return {name: _another(value, generator) for name, value in self.varying.items()}
 
     def repeated(self, pieces: int) -> dict[str, Tensor]:
         """What a forward gets beside the varying inputs of so many pieces, one after the other."""
         return {name: torch.cat([value] * pieces) for name, value in self.fixed.items()}
+
+
+def _another(value: Tensor, generator: torch.Generator) -> Tensor:
+    if value.is_floating_point():
+        return torch.randn(value.shape, generator=generator).to(value.dtype)
+    return torch.randint(int(value.max()) + 1, value.shape, generator=generator).to(value.dtype)
 
 
 def owner(model: nn.Module, method: str) -> Any:
@@ -49,46 +61,52 @@ def owner(model: nn.Module, method: str) -> Any:
     return found[-1] if found else None
 
 
-def of_model(model: Any, image_size: tuple[int, int] | None) -> tuple[list[Media], tuple[str, ...]]:
+def of_model(
+    model: Any, image_size: tuple[int, int] | None, sound_length: int | None = None
+) -> tuple[list[Media], tuple[str, ...]]:
     """A sample of each kind that the model takes, and notes on kinds that are left out.
 
     Args:
         model: a transformers model.
         image_size: height and width in pixels; None: the configuration's own, else 32 patches each way.
+        sound_length: frames of a spectrogram or samples of a waveform; None: 320 frames, or 40 tokens of samples.
 
     Raises:
-        UsageError: the model takes no images of this size.
+        UsageError: the model takes no images of this size, or no sound of this length.
         ImpossibleError: it takes neither images nor sound, or in no form that is known.
     """
-    kinds = {"image": ("get_image_features", _image), "audio": ("get_audio_features", _audio)}
+    kinds: dict[str, tuple[str, Any, Any]] = {
+        "image": ("get_image_features", _image, image_size),
+        "audio": ("get_audio_features", _audio, sound_length),
+    }
     found, reasons = [], []
-    for kind, (method, make) in kinds.items():
+    for kind, (method, make, size) in kinds.items():
         part = owner(model, method)
         if (
             part is None
             or getattr(model.config, "vision_config" if kind == "image" else "audio_config", None) is None
         ):
             continue
-        token = _setting(model.config, (f"{kind}_token_id", f"{kind}_token_index"), deep=False)
+        token = setting(model.config, (f"{kind}_token_id", f"{kind}_token_index"), deep=False)
         try:
             if token is None:
                 raise ImpossibleError("its configuration names no token for it")
-            found.append(
-                make(model, set(inspect.signature(getattr(part, method)).parameters), token, image_size)
-            )
+            found.append(make(model, set(inspect.signature(getattr(part, method)).parameters), token, size))
         except ImpossibleError as error:
             reasons.append(f"no {kind} encoder: {error.message}")
     if not found:
         raise ImpossibleError(
             reasons[0] if reasons else "the model takes neither images nor sound", "leave out --multimodal"
         )
+    if sound_length is not None and found[-1].kind != "audio":
+        raise UsageError("the model takes no sound that can be exported", "leave out --sound-length")
     return found, tuple(reasons)
 
 
 def _image(model: Any, takes: set[str], token: int, size: tuple[int, int] | None) -> Media:
     config, generator = model.config.vision_config, torch.Generator().manual_seed(0)
-    patch, channels = _square(_setting(config, _PATCH) or 1), _setting(config, _CHANNELS) or 3
-    frames = _setting(config, ("temporal_patch_size", "patch_temporal")) or 1
+    patch, channels = _square(setting(config, _PATCH) or 1), setting(config, _CHANNELS) or 3
+    frames = setting(config, ("temporal_patch_size", "patch_temporal")) or 1
     fixed: dict[str, Tensor] = {}
 
     def media(*shape: int) -> Media:
@@ -96,7 +114,7 @@ def _image(model: Any, takes: set[str], token: int, size: tuple[int, int] | None
         return Media("image", "get_image_features", token, {"pixel_values": pixels}, fixed, described)
 
     if "image_grid_thw" in takes:
-        merge = _setting(config, ("spatial_merge_size", "merge_size")) or 1
+        merge = setting(config, ("spatial_merge_size", "merge_size")) or 1
         height, width = size or _default_size(config, patch * merge)
         _must_divide(height, width, patch * merge)
         rows, columns = height // patch, width // patch
@@ -108,7 +126,7 @@ def _image(model: Any, takes: set[str], token: int, size: tuple[int, int] | None
         fixed["image_grid_thw"] = torch.tensor([[1, rows, columns]])
         return media(rows * columns, channels * frames * patch**2)
     if "image_position_ids" in takes:
-        pool = _setting(config, ("pooling_kernel_size",)) or 1
+        pool = setting(config, ("pooling_kernel_size",)) or 1
         height, width = size or (patch * pool * 8,) * 2
         _must_divide(height, width, patch * pool)
         rows, columns = height // patch, width // patch
@@ -117,13 +135,13 @@ def _image(model: Any, takes: set[str], token: int, size: tuple[int, int] | None
         fixed["image_position_ids"] = torch.stack(grid, -1).reshape(1, -1, 2)
         return media(1, rows * columns, channels * patch**2)
     if "image_sizes" in takes:
-        side = patch * (_setting(model.config, ("spatial_merge_size",), deep=False) or 1)
+        side = patch * (setting(model.config, ("spatial_merge_size",), deep=False) or 1)
         height, width = size or _default_size(config, side)
         _must_divide(height, width, side)
         described = f"{height}x{width} pixels"
         fixed["image_sizes"] = torch.tensor([[height, width]])
         return media(1, channels, height, width)
-    own = _setting(config, ("image_size",))
+    own = setting(config, ("image_size",))
     if own is None:  # each patch of an image by itself
         described = f"patches of {patch}x{patch} pixels"
         return media(2, frames, patch, patch, channels)
@@ -134,25 +152,17 @@ def _image(model: Any, takes: set[str], token: int, size: tuple[int, int] | None
     return media(1, channels, height, width)
 
 
-def _audio(model: Any, takes: set[str], token: int, _: Any) -> Media:
-    config, generator = model.config.audio_config, torch.Generator().manual_seed(1)
-    bins = _setting(config, ("num_mel_bins", "feature_size", "n_mel_bins", "input_feat_size"))
-    masks = {"feature_attention_mask": True, "input_features_mask": False}
-    mask = next((name for name in masks if name in takes), None)
-    if "input_features" not in takes or mask is None or bins is None:
-        raise ImpossibleError("sound in a form that is not known")
-    shape = (1, bins, _FRAMES) if masks[mask] else (1, _FRAMES, bins)
-    sound = torch.randn(*shape, generator=generator).to(model.dtype)
-    fixed = {mask: torch.ones(1, _FRAMES, dtype=torch.int64 if masks[mask] else torch.bool)}
+def _audio(model: Any, takes: set[str], token: int, length: int | None) -> Media:
+    found = sound.sample(model, takes, length)
     return Media(
-        "audio", "get_audio_features", token, {"input_features": sound}, fixed, f"{_FRAMES} frames of sound"
+        "audio", "get_audio_features", token, found.varying, found.fixed, found.described, found.open_axes
     )
 
 
 def _default_size(config: Any, multiple: int) -> tuple[int, int]:
     """The configuration's own size, else 32 patches each way, as a multiple of what one token covers."""
-    own = _setting(config, ("image_size", "max_image_size"))
-    patch = _square(_setting(config, _PATCH) or 1)
+    own = setting(config, ("image_size", "max_image_size"))
+    patch = _square(setting(config, _PATCH) or 1)
     side = own if isinstance(own, int) else _SIDE * patch
     side = max(multiple, math.floor(side / multiple) * multiple)
     return side, side
@@ -168,18 +178,6 @@ def _must_divide(height: int, width: int, multiple: int) -> None:
 
 def _square(size: Any) -> int:
     return int(size if isinstance(size, int) else size[0])
-
-
-def _setting(config: Any, names: tuple[str, ...], *, deep: bool = True) -> Any:
-    """The first of these that the configuration, or one in it, sets."""
-    for name in names:
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    for part in getattr(config, "sub_configs", {}) if deep else ():
-        value = _setting(getattr(config, part), names)
-        if value is not None:
-            return value
-    return None
 
 
 def _methods(kind: type) -> set[str]:

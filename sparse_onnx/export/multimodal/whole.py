@@ -53,7 +53,7 @@ class Whole:
     def widened(self) -> Whole:
         """The same for the model in float32."""
         media = [
-            dataclasses.replace(each, varying={name: value.float() for name, value in each.varying.items()})
+            dataclasses.replace(each, varying={name: _wide(value) for name, value in each.varying.items()})
             for each in self.media
         ]
         return dataclasses.replace(self, media=tuple(media))
@@ -120,8 +120,10 @@ class Whole:
         first = self.outputs[kind]
         pooled = getattr(first, "pooler_output", None) is not None
         output["pooler_output" if pooled else "last_hidden_state"] = shaped
+        if pooled and _is(before, first.last_hidden_state):  # a forward may take either
+            output["last_hidden_state"] = shaped
         if getattr(first, "attention_mask", None) is not None:
-            output["attention_mask"] = torch.ones_like(shaped[..., 0], dtype=torch.bool)
+            output["attention_mask"] = _Everything()
         if self.deep:
             output[DEEPSTACK] = [(layer,) for layer in features[DEEPSTACK].unbind()]
         return output
@@ -149,6 +151,17 @@ class Whole:
             )
 
 
+class _Everything:
+    """A mask of features that all count: what a real one picks has a length that no trace knows."""
+
+    def to(self, *_: Any) -> slice:
+        return slice(None)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
 def emptied(output: Any) -> Any:
     """The same kind of output without its tensors."""
     empty = copy.copy(output)
@@ -160,6 +173,10 @@ def emptied(output: Any) -> Any:
 def _of(output: Any) -> Any:
     pooled = getattr(output, "pooler_output", None)
     return output.last_hidden_state if pooled is None else pooled
+
+
+def _is(left: Any, right: Any) -> bool:
+    return isinstance(left, Tensor) and isinstance(right, Tensor) and torch.equal(left, right)
 
 
 def _joined(features: Any) -> Tensor:
