@@ -30,7 +30,7 @@ PATH_VARIABLE = "SPARSE_ONNX_KERNELS"
 _SOURCES = Path(__file__).parent / "native"
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-w")
 #: Compiled once, not once a level.
-_ONCE = ("dispatch", "call", "product", "gated", "thresholded", "register")
+_ONCE = ("dispatch", "call", "product", "gated", "thresholded", "expert_linear", "register")
 _LEVELS: dict[str, tuple[str, ...]] = {"base": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
     _LEVELS |= {

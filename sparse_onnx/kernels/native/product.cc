@@ -30,10 +30,6 @@ constexpr int64_t kUnion = 32;         // tokens up to which a row of weights ma
 // one, each reading its own rows: measured with AVX-512, for weights as large as float32 and for integers.
 constexpr double kAgain = 1.7, kAgainIntegers = 6.5;
 
-int64_t bits(Type type) {
-  return type == Type::F32 ? 32 : type <= Type::BF16 ? 16 : type <= Type::U8 ? 8 : 4;
-}
-
 // work(first, last) for all columns.
 template <class F>
 void by_columns(ort::KernelContext* context, int64_t columns, int64_t part, F&& work) {
@@ -43,6 +39,10 @@ void by_columns(ort::KernelContext* context, int64_t columns, int64_t part, F&& 
 }
 
 }  // namespace
+
+int64_t bits(Type type) {
+  return type == Type::F32 ? 32 : type <= Type::BF16 ? 16 : type <= Type::U8 ? 8 : 4;
+}
 
 int64_t parts_of(const Weights& w, int64_t rows) {
   static const int64_t processors = std::max(1u, std::thread::hardware_concurrency());
@@ -65,7 +65,7 @@ Bounds::Bounds(Type type, const Tensor& tau_tensor, const Tensor& centre_tensor,
 
 void product(ort::KernelContext* context, const Weights& w, const Kept& kept, const float* bias, float* y) {
   const Level& best = level();
-  const int64_t most = parts_of(w, kept.count);
+  const int64_t most = context ? parts_of(w, kept.count) : 1;
   // The sums of all parts but one are written and read again: 8 bytes a column, of which rows read 20 times as many.
   const int64_t worth = 1 + kept.count * bits(w.type) / (8 * 8 * 20);
   const int64_t by_rows = std::min({most, kept.count / kLeastRows, worth});

@@ -37,6 +37,7 @@ Operator make(const Signature& is, Type type, Type weight_type) {
   op.GetExecutionProviderType = [](const ort::CustomOp*) { return "CPUExecutionProvider"; };
   op.GetInputTypeCount = [](const ort::CustomOp* op) { return own(op).is->inputs; };
   op.GetInputType = [](const ort::CustomOp* op, size_t index) {
+    if (index == own(op).is->index) return ort::kInt64;
     return element(own(op).is->stored(index) ? own(op).weight_type : own(op).type);
   };
   op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
@@ -82,8 +83,8 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
     api = found;
     static std::vector<Operator> operators;
     for (Type type : {Type::F32, Type::F16, Type::BF16}) {
-      for (const Signature* is : {&kLinear, &kGatedMLP}) operators.push_back(make(*is, type, type));
-      for (const Signature* is : {&kLinearNBits, &kGatedMLPNBits})
+      for (const Signature* is : {&kLinear, &kGatedMLP, &kExpertLinear}) operators.push_back(make(*is, type, type));
+      for (const Signature* is : {&kLinearNBits, &kGatedMLPNBits, &kExpertLinearNBits})
         for (Type weight : {Type::I8, Type::U8, Type::I4, Type::U4}) operators.push_back(make(*is, type, weight));
     }
     if (ort::Status* status = ort::entry<ort::Status*(const char*, ort::CustomOpDomain**)>(
