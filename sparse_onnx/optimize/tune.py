@@ -128,7 +128,7 @@ class _Tuner:
     ) -> None:
         self.model, self.profile, self.planned = model, profile, planned
         self.tokens, self.threads, self.folder, self.progress = tokens, threads, folder, progress
-        self.cold = _Eviction()
+        self.cold = Eviction()
 
     def tune(self, kind: Kind) -> Measurement:
         block = next(each for each in neutral_blocks(self.model) if each.name == kind.names[0])
@@ -224,7 +224,7 @@ class _Times:
         return math.exp(float(np.mean([math.log(ratio) for ratio in self.ratios[form].values()])))
 
 
-class _Eviction:
+class Eviction:
     """Reads as much memory as the caches hold."""
 
     def __init__(self) -> None:

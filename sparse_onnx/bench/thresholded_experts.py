@@ -1,0 +1,193 @@
+"""`python -m sparse_onnx.bench.thresholded_experts`: thresholds in experts, in each form that can have them.
+
+One block of gated experts (SiLU, gate and up in one matrix) on standard normal inputs, each token with experts of its
+own draw: without thresholds in the form `grouped`, and with thresholds, run by the native kernels, in `grouped`, `branched` and
+`gathered`. All take turns in one process, and caches are emptied before each run, as the layers between two runs of a
+block do within a model. Ratios are those of the median times to the dense block's; above 1 is faster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import click
+import numpy as np
+import onnx_ir as ir
+
+from sparse_onnx.bench.measure import NO_SPINNING, Contestant, interleave
+from sparse_onnx.bench.tables import markdown
+from sparse_onnx.blocks import Activation, ExpertSpec, GateLayout, WeightLayout, attach_functions
+from sparse_onnx.blocks.moe import make_node
+from sparse_onnx.core.errors import SparseOnnxError
+from sparse_onnx.core.passes import Outcome, Pass
+from sparse_onnx.graph import io
+from sparse_onnx.kernels import build
+from sparse_onnx.matching.sites import sites
+from sparse_onnx.optimize.tune import Eviction
+from sparse_onnx.passes.branch_experts import BranchExperts
+from sparse_onnx.passes.fuse_gating import FuseGating
+from sparse_onnx.passes.gather_experts import GatherExperts
+from sparse_onnx.passes.insert_thresholds import InsertThresholds
+from sparse_onnx.passes.quantize_experts import QuantizeExperts
+from sparse_onnx.sparsify.plan import Plan, SitePlan
+from sparse_onnx.targets.session import create_session
+
+FORMS: tuple[Pass, ...] = (FuseGating(), BranchExperts(), GatherExperts())
+SHARES = (0, 30, 50, 70)
+_DIAL = "sparsity_level"
+_INPUTS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    experts: int
+    top_k: int
+    inner: int
+    hidden: int
+
+    @staticmethod
+    def parse(text: str) -> Block:
+        """``64x8x768x1024``."""
+        return Block(*map(int, text.split("x")))
+
+
+def model(block: Block, dtype: str, forms_index: int | None) -> ir.Model:
+    """tokens, index, weight -> y. The form of that number with thresholds; None: grouped, without."""
+    rng = np.random.default_rng(0)
+    spec = ExpertSpec(Activation.SILU, GateLayout.CONCATENATED, WeightLayout.OUT_IN)
+    shapes = {"fc1": (2 * block.inner, block.hidden), "fc2": (block.hidden, block.inner)}
+    arrays = {}
+    for role, (outputs, inputs) in shapes.items():
+        numbers = rng.standard_normal((block.experts, outputs, inputs), np.float32)
+        arrays[role] = numbers / np.float32(np.sqrt(inputs))
+        arrays[f"{role}_bias"] = np.zeros((block.experts, outputs), np.float32)
+    weights = {name: _constant(name, array) for name, array in arrays.items()}
+    tokens, index, weight = (
+        ir.Value(name=name, shape=ir.Shape(["T", size]), type=ir.TensorType(kind))
+        for name, size, kind in (
+            ("tokens", block.hidden, ir.DataType.FLOAT),
+            ("index", block.top_k, ir.DataType.INT64),
+            ("weight", block.top_k, ir.DataType.FLOAT),
+        )
+    )
+    node = make_node(spec, tokens, index, weight, weights, name="block")
+    graph = ir.Graph(
+        [tokens, index, weight],
+        node.outputs,
+        nodes=[node],
+        initializers=list(weights.values()),
+        opset_imports={"": 21, "sparse_onnx": 1},
+        name="block",
+    )
+    made = ir.Model(graph, ir_version=10)
+    attach_functions(made)
+    if dtype != "float32":
+        _apply(QuantizeExperts(bits=int(dtype.removeprefix("int"))), made)
+    if forms_index is None:
+        _apply(FuseGating(), made)
+    else:
+        _apply(InsertThresholds(_plan(made)), made)
+        _apply(FORMS[forms_index], made)
+    return made
+
+
+def _constant(name: str, array: np.ndarray) -> ir.Value:
+    tensor = ir.Tensor(array, name=name)
+    return ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+
+
+def _apply(step: Pass, made: ir.Model) -> None:
+    outcome = step(made)
+    assert isinstance(outcome, Outcome)
+    if not outcome.modified:
+        raise click.ClickException(outcome.refusals[0].reason)
+
+
+def _plan(made: ir.Model) -> Plan:
+    """Level L skips L % of normal inputs, and of what silu(gate) * up makes of two normal ones."""
+    gate, up = np.random.default_rng(1).standard_normal((2, 1 << 20))
+    seen = {"up": np.abs(up), "down": np.abs(gate / (1 + np.exp(-gate)) * up)}
+    levels = np.linspace(0, 1, 101)
+    plans = {}
+    for site in sites(made):
+        table = np.quantile(seen["down" if site.name.endswith("down") else "up"], levels)
+        table[0] = -1
+        plans[site.name] = SitePlan(site.name, np.zeros(1, np.float32), table, levels)
+    return Plan(plans, 50)
+
+
+def measure(
+    block: Block, dtype: str, tokens: int, threads: int, rounds: int, folder: Path
+) -> list[tuple[str, list[float]]]:
+    """Milliseconds: of the dense block, then of each form by share."""
+    cold, rows, runs = Eviction(), [], []
+    rng = np.random.default_rng(tokens)
+    feeds = []
+    for _ in range(_INPUTS):
+        index = np.argsort(rng.random((tokens, block.experts)), axis=1)[:, : block.top_k]
+        feeds.append(
+            {
+                "tokens": rng.standard_normal((tokens, block.hidden), np.float32),
+                "index": index.astype(np.int64),
+                "weight": np.full((tokens, block.top_k), 1 / block.top_k, np.float32),
+            }
+        )
+    for at in (None, *range(len(FORMS))):
+        name = "dense, grouped" if at is None else str(getattr(FORMS[at], "form", ""))
+        try:
+            made = model(block, dtype, at)
+        except click.ClickException as error:
+            click.echo(f"{name}: {error.message}", err=True)
+            continue
+        path = folder / f"{at}.onnx"
+        io.save(made, path, weights="copy")
+        del made
+        session = create_session(path, threads=threads, entries=NO_SPINNING, kernels=at is not None)
+        shares = (None,) if at is None else SHARES
+        for share in shares:
+            own = [each if share is None else {**each, _DIAL: np.array(share)} for each in feeds]
+            runs.append(
+                Contestant(name, lambda index, s=session, own=own: s.run(None, own[index]), prepare=cold)
+            )
+        rows.append((name, len(shares)))
+    medians = np.median(interleave(runs, _INPUTS, rounds=rounds), axis=0) * 1e3
+    found, begin = [], 0
+    for name, count in rows:
+        found.append((name, medians[begin : begin + count].tolist()))
+        begin += count
+    return found
+
+
+@click.command(help=__doc__)
+@click.option("--blocks", default="8x2x2816x1024,32x4x1408x1024,64x8x768x1024", help="Experts, top-k, inner, hidden.")
+@click.option("--types", default="float32,int8,int4")
+@click.option("--tokens", default="1,64")
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=24, show_default=True)
+def main(blocks: str, types: str, tokens: str, threads: int, rounds: int) -> None:
+    rows: list[list[str]] = []
+    try:
+        build()
+        for text in blocks.split(","):
+            block = Block.parse(text)
+            for dtype in types.split(","):
+                for count in map(int, tokens.split(",")):
+                    with tempfile.TemporaryDirectory() as folder:
+                        found = measure(block, dtype, count, threads, rounds, Path(folder))
+                    dense = found[0][1][0]
+                    head = [f"{block.experts}, top-{block.top_k}", dtype, str(count), f"{dense:.2f}"]
+                    for name, ms in found[1:]:
+                        rows.append([*head, name, *(f"{dense / each:.2f}" for each in ms)])
+                        click.echo(" ".join(rows[-1]), err=True)
+    except SparseOnnxError as error:
+        raise click.ClickException(str(error)) from error
+    columns = ["experts", "weights", "tokens", "dense, ms", "thresholds in", *(f"{share} %" for share in SHARES)]
+    click.echo(markdown(columns, rows))
+
+
+if __name__ == "__main__":
+    main()
