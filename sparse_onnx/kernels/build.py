@@ -59,6 +59,15 @@ def path() -> Path:
     return found
 
 
+def is_built() -> bool:
+    """Whether there is a library to register."""
+    try:
+        path()
+    except UsageError:
+        return False
+    return True
+
+
 def build(*, force: bool = False, progress: Callable[[str], None] | None = None) -> Path:
     """Compiles the library, unless these very sources were compiled already.
 
