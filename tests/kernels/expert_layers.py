@@ -83,7 +83,9 @@ def make(layer: Experts) -> Made:
             for size in (shape, grid)
         )
         scales = (rng.uniform(1, 2, grid) / 2.0**info.bits / np.sqrt(layer.inputs)).astype(dtype)
-        zero, scale = (np.repeat(each.astype(np.float64), block, axis=layer.axis) for each in (points, scales))
+        zero, scale = (
+            np.repeat(each.astype(np.float64), block, axis=layer.axis) for each in (points, scales)
+        )
         weight = (numbers.astype(np.float64) - zero) * scale
         arrays |= {"W": numbers, "scales": scales, "zero_points": points}
         attributes = {"axis": layer.axis, "block_size": block}
@@ -92,7 +94,9 @@ def make(layer: Experts) -> Made:
     kind_of, names, cast = TYPES[layer.dtype], ("X", "Y"), layer.dtype == "bfloat16"
     if cast:  # which onnxruntime takes from nobody in Python
         names, kind_of = ("x", "y"), TYPES["float32"]
-    nodes = [helper.make_node(op, [names[0], "index", *arrays], [names[1]], domain="sparse_onnx", **attributes)]
+    nodes = [
+        helper.make_node(op, [names[0], "index", *arrays], [names[1]], domain="sparse_onnx", **attributes)
+    ]
     if cast:
         nodes.insert(0, helper.make_node("Cast", ["X"], ["x"], to=TYPES["bfloat16"]))
         nodes.append(helper.make_node("Cast", ["y"], ["Y"], to=TYPES["float32"]))
