@@ -27,10 +27,13 @@ if TYPE_CHECKING:
 #: A library somewhere else, for machines without a compiler.
 PATH_VARIABLE = "SPARSE_ONNX_KERNELS"
 
+#: Of a session's configuration, as `register.cc` reads it: "held" (the default) or "shared".
+WEIGHTS_ENTRY = "sparse_onnx.weights"
+
 _SOURCES = Path(__file__).parent / "native"
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-w")
 #: Compiled once, not once a level.
-_ONCE = ("dispatch", "call", "product", "gated", "thresholded", "expert_linear", "register")
+_ONCE = ("dispatch", "call", "product", "gated", "thresholded", "expert_linear", "held", "register")
 _LEVELS: dict[str, tuple[str, ...]] = {"base": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
     _LEVELS |= {
@@ -103,14 +106,21 @@ def build(*, force: bool = False, progress: Callable[[str], None] | None = None)
     return target
 
 
-def register_kernels(options: onnxruntime.SessionOptions) -> None:
+def register_kernels(options: onnxruntime.SessionOptions, *, hold_weights: bool = True) -> None:
     """Has sessions made with these options run the native kernels.
+
+    Args:
+        options: of sessions still to be made.
+        hold_weights: whether sessions copy the weights of these layers into large pages of memory, where they are
+            read faster (Linux; where the system has none, nothing is copied). Otherwise they stay where ONNX Runtime
+            has them: in the mapped file, or in its memory.
 
     Raises:
         UsageError: the library was not built.
         OutsideError: ONNX Runtime cannot load it.
     """
     library = path()
+    options.add_session_config_entry(WEIGHTS_ENTRY, "held" if hold_weights else "shared")
     try:
         options.register_custom_ops_library(str(library))
     except Exception as error:  # onnxruntime's errors share no base class

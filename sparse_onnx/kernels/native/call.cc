@@ -12,10 +12,7 @@ void refuse(const char* message) {
   throw Failed{ort::entry<ort::Status*(int, const char*)>(api, ort::kCreateStatus)(ort::kInvalidArgument, message)};
 }
 
-Tensor input(ort::KernelContext* context, size_t index) {
-  const ort::Value* value;
-  check(ort::entry<ort::Status*(const ort::KernelContext*, size_t, const ort::Value**)>(api, ort::kKernelContextGetInput)(
-      context, index, &value));
+Tensor tensor(const ort::Value* value) {
   Tensor result;
   ort::TypeAndShape* info;
   check(ort::entry<ort::Status*(const ort::Value*, ort::TypeAndShape**)>(api, ort::kGetTensorTypeAndShape)(value, &info));
@@ -31,6 +28,15 @@ Tensor input(ort::KernelContext* context, size_t index) {
   check(status);
   check(ort::entry<ort::Status*(ort::Value*, void**)>(api, ort::kGetTensorMutableData)(const_cast<ort::Value*>(value),
                                                                                          &result.data));
+  return result;
+}
+
+Tensor Inputs::operator[](size_t index) const {
+  const ort::Value* value;
+  check(ort::entry<ort::Status*(const ort::KernelContext*, size_t, const ort::Value**)>(api, ort::kKernelContextGetInput)(
+      context, index, &value));
+  Tensor result = tensor(value);
+  if (copies[index]) result.data = const_cast<void*>(copies[index].get());
   return result;
 }
 

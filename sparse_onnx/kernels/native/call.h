@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -33,7 +34,18 @@ struct Tensor {
   }
 };
 
-Tensor input(ort::KernelContext* context, size_t index);
+Tensor tensor(const ort::Value* value);
+
+// By input: copies of constants that a kernel holds, null for everything else.
+using Copies = std::vector<std::shared_ptr<const void>>;
+
+// What an operator is run on.
+struct Inputs {
+  ort::KernelContext* context;
+  const Copies& copies;
+  Tensor operator[](size_t index) const;
+};
+
 void* output(ort::KernelContext* context, const std::vector<int64_t>& shape);
 
 // work(0) .. work(count - 1), on the threads of the session; without a context on this one, as within other work.

@@ -94,10 +94,11 @@ void compute(ort::KernelContext* context, const Layer& layer, const std::vector<
   });
 }
 
-void experts(ort::KernelContext* context, Type type, Type weight_type) {
+void experts(const Inputs& given, Type type, Type weight_type) {
+  ort::KernelContext* context = given.context;
   const bool packed = weight_type >= Type::I8;
   const size_t tau = packed ? 5 : 3;
-  const Tensor x = input(context, 0), index = input(context, 1), w = input(context, 2);
+  const Tensor x = given[0], index = given[1], w = given[2];
   if (x.shape.size() != 2 || index.shape.size() != 1 || w.shape.size() != 3 || x.shape[0] != index.shape[0] ||
       x.shape[1] != w.shape[1])
     refuse("X [S, K], index [S] and W [E, K, N] disagree");
@@ -106,12 +107,12 @@ void experts(ort::KernelContext* context, Type type, Type weight_type) {
   Layer layer{{weight_type, w.data, inputs, outputs, type, nullptr, nullptr, 1, 1}, type, nullptr, nullptr, nullptr, {}};
   if (count > 1 && inputs * outputs * bits(weight_type) % 8) refuse("experts do not begin on whole bytes");
   if (packed) {
-    const Tensor scales = input(context, 3);
-    set_scales(layer.first, scales, input(context, 4), 1);
+    const Tensor scales = given[3];
+    set_scales(layer.first, scales, given[4], 1);
     if (scales.shape[0] != count) refuse("scales are not those of E experts");
   }
-  const Bounds bounds(type, input(context, tau), input(context, tau + 1), inputs);
-  const Tensor bias = input(context, tau + 2);
+  const Bounds bounds(type, given[tau], given[tau + 1], inputs);
+  const Tensor bias = given[tau + 2];
   if (bias.shape != std::vector<int64_t>{count, outputs}) refuse("folded_bias is not [E, N]");
 
   const int64_t* expert = static_cast<const int64_t*>(index.data);

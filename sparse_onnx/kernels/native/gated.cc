@@ -92,12 +92,13 @@ void several(ort::KernelContext* context, const Layer& layer, const float* gate,
   product(context, layer.down, hidden.get(), tokens, Rule{&none, &none, 0, 0}, layer.bias, y);
 }
 
-void gated(ort::KernelContext* context, Type type, Type weight_type) {
+void gated(const Inputs& given, Type type, Type weight_type) {
+  ort::KernelContext* context = given.context;
   const bool packed = weight_type >= Type::I8;
   const size_t wide = packed ? 3 : 1, down_at = 3 + wide;
-  const Tensor gate = input(context, 0), x = input(context, 1), up = input(context, 2), down = input(context, down_at);
-  const Tensor up_bias = input(context, 2 + wide), tau = input(context, down_at + wide);
-  const Tensor bias = input(context, down_at + wide + 1);
+  const Tensor gate = given[0], x = given[1], up = given[2], down = given[down_at];
+  const Tensor up_bias = given[2 + wide], tau = given[down_at + wide];
+  const Tensor bias = given[down_at + wide + 1];
   if (up.shape.size() != 2 || down.shape.size() != 2 || x.shape.empty() || gate.shape.size() != x.shape.size())
     refuse("A [..., I], X [..., K], up [I, K] and down [I, N] disagree");
   const int64_t units = up.shape[0], inputs = up.shape[1], outputs = down.shape[1];
@@ -110,8 +111,8 @@ void gated(ort::KernelContext* context, Type type, Type weight_type) {
   Layer layer{{weight_type, up.data, units, inputs, type, nullptr, nullptr, 1, 1},
               {weight_type, down.data, units, outputs, type, nullptr, nullptr, 1, 1}, nullptr, nullptr, 0};
   if (packed) {
-    set_scales(layer.up, input(context, 3), input(context, 4), 0);
-    set_scales(layer.down, input(context, down_at + 1), input(context, down_at + 2), 0);
+    set_scales(layer.up, given[3], given[4], 0);
+    set_scales(layer.down, given[down_at + 1], given[down_at + 2], 0);
   }
   std::vector<int64_t> shape = x.shape;
   shape.back() = outputs;

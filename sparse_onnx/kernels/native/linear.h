@@ -7,6 +7,8 @@ namespace sparse_onnx {
 
 enum class Type : int { F32, F16, BF16, I8, U8, I4, U4 };
 
+inline int64_t bits(Type type) { return type == Type::F32 ? 32 : type <= Type::BF16 ? 16 : type <= Type::U8 ? 8 : 4; }
+
 // W [rows, columns], one input of the layer a row. Integers are (w - zero) * scale, where scale and zero have one entry
 // for `block_rows` x `block_columns` weights, row by row; one of the two blocks is 1, or spans the whole axis. Floats
 // have no scale; `zero` is null where all zero points are 0.

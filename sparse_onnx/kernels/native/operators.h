@@ -10,7 +10,7 @@ struct Signature {
   const char* name;
   size_t inputs;
   bool (*stored)(size_t index);  // whether an input is of the weights' type
-  void (*compute)(ort::KernelContext*, Type type, Type weight_type);
+  void (*compute)(const Inputs&, Type type, Type weight_type);
   size_t index = SIZE_MAX;  // an input of int64, where there is one
 };
 

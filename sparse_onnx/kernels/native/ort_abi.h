@@ -39,6 +39,9 @@ enum Place : size_t {
   kKernelContextGetInput = 90,
   kKernelContextGetOutput = 91,
   kReleaseTensorTypeAndShapeInfo = 99,
+  kHasSessionConfigEntry = 237,
+  kGetSessionConfigEntry = 238,
+  kKernelInfoGetConstantInputTensor = 249,
   kKernelContextParallelFor = 274,
 };
 

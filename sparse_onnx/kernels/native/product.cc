@@ -40,10 +40,6 @@ void by_columns(ort::KernelContext* context, int64_t columns, int64_t part, F&& 
 
 }  // namespace
 
-int64_t bits(Type type) {
-  return type == Type::F32 ? 32 : type <= Type::BF16 ? 16 : type <= Type::U8 ? 8 : 4;
-}
-
 int64_t parts_of(const Weights& w, int64_t rows) {
   static const int64_t processors = std::max(1u, std::thread::hardware_concurrency());
   return std::max<int64_t>(1, std::min(processors, rows * w.columns * bits(w.type) / 8 / kEachThread));

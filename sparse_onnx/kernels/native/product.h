@@ -39,8 +39,6 @@ struct Bounds {
   Bounds(Type type, const Tensor& tau, const Tensor& centre, int64_t inputs);
 };
 
-int64_t bits(Type);
-
 // Parts that so many rows of weights are worth, each for a thread.
 int64_t parts_of(const Weights&, int64_t rows);
 

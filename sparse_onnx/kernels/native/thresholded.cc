@@ -11,17 +11,18 @@ using namespace sparse_onnx;
 
 namespace {
 
-void linear(ort::KernelContext* context, Type type, Type weight_type) {
+void linear(const Inputs& given, Type type, Type weight_type) {
+  ort::KernelContext* context = given.context;
   const bool packed = weight_type >= Type::I8;
-  const Tensor x = input(context, 0), w = input(context, 1);
+  const Tensor x = given[0], w = given[1];
   const size_t behind = packed ? 4 : 2;
   if (w.shape.size() != 2 || x.shape.empty() || x.shape.back() != w.shape[0]) refuse("X [..., K] and W [K, N] disagree");
   const int64_t inputs = w.shape[0], outputs = w.shape[1];
   if (inputs > INT32_MAX) refuse("K is too large");
   Weights weights{weight_type, w.data, inputs, outputs, type, nullptr, nullptr, 1, 1};
-  if (packed) set_scales(weights, input(context, 2), input(context, 3), 0);
-  const Bounds bounds(type, input(context, behind), input(context, behind + 1), inputs);
-  const Tensor bias = input(context, behind + 2);
+  if (packed) set_scales(weights, given[2], given[3], 0);
+  const Bounds bounds(type, given[behind], given[behind + 1], inputs);
+  const Tensor bias = given[behind + 2];
   if (bias.size() != outputs) refuse("folded_bias has not N elements");
 
   std::vector<int64_t> shape = x.shape;
