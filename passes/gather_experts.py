@@ -23,15 +23,15 @@ what was gathered is dequantized, by Cast, Sub and Mul; blocks along either axis
 input, an expert or for all. Integers below a byte are gathered as bytes. QNN HTP leaves the Gather of integers to the
 CPU, and takes the rest.
 
-With thresholds (`optimize --thresholds`, mode native) the matrices are not gathered: sparse_onnx::ThresholdedExpertLinear
-and ThresholdedExpertLinearNBits take the slots with all experts' weights, and their native kernel reads of each slot's
-expert those of inputs that are kept, rows of one expert together. That is made for CPU, and for any number of tokens;
-shapes are not static in the functions' bodies.
+With thresholds (`optimize --thresholds`, mode native) no matrix is gathered: sparse_onnx::ThresholdedExpertLinear and
+ThresholdedExpertLinearNBits take the slots with all experts' weights, and their native kernel reads of each slot's
+expert those of inputs that are kept, rows of one expert together. That is made for CPU and any number of tokens: in the
+functions' bodies shapes are not static.
 
 Refused: blocks of quantized weights that run across experts, experts that do not begin on whole bytes, integers or
-scales that are no constants; numbers of experts that the graph does not tell; opsets below 18; thresholds of other modes than native, on
-units behind a gate (CATS), or with index=int32. `Combine` (experts of
-any body) is not handled: such experts have no packed weights to gather.
+scales that are no constants; numbers of experts that the graph does not tell; opsets below 18; thresholds of other
+modes than native, on units behind a gate (CATS), on weights that are computed, or with index=int32. `Combine` (experts
+of any body) is not handled: such experts have no packed weights to gather.
 """
 
 from __future__ import annotations

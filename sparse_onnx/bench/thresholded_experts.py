@@ -1,16 +1,19 @@
 """`python -m sparse_onnx.bench.thresholded_experts`: thresholds in experts, in each form that can have them.
 
 One block of gated experts (SiLU, gate and up in one matrix) on standard normal inputs, each token with experts of its
-own draw: without thresholds in the form `grouped`, and with thresholds, run by the native kernels, in `grouped`, `branched` and
-`gathered`. All take turns in one process, and caches are emptied before each run, as the layers between two runs of a
-block do within a model. Ratios are those of the median times to the dense block's; above 1 is faster.
+own draw: without thresholds in the form `grouped`, and with thresholds, by the native kernels, in `grouped`, `branched`
+and `gathered`. All take turns in one process, and caches are emptied before each run, as the layers between two runs of
+a block do within a model. A ratio is the dense block's median time over the form's: above 1 is faster.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
@@ -33,6 +36,9 @@ from sparse_onnx.passes.insert_thresholds import InsertThresholds
 from sparse_onnx.passes.quantize_experts import QuantizeExperts
 from sparse_onnx.sparsify.plan import Plan, SitePlan
 from sparse_onnx.targets.session import create_session
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession as Session
 
 FORMS: tuple[Pass, ...] = (FuseGating(), BranchExperts(), GatherExperts())
 SHARES = (0, 30, 50, 70)
@@ -120,11 +126,24 @@ def _plan(made: ir.Model) -> Plan:
     return Plan(plans, 50)
 
 
-def measure(
-    block: Block, dtype: str, tokens: int, threads: int, rounds: int, folder: Path
-) -> list[tuple[str, list[float]]]:
-    """Milliseconds: of the dense block, then of each form by share."""
-    cold, rows, runs = Eviction(), [], []
+def sessions(block: Block, dtype: str, threads: int, folder: Path) -> dict[str, Session]:
+    """Of the dense block first, then of each form that takes such weights with thresholds."""
+    found = {}
+    for at in (None, *range(len(FORMS))):
+        name = "dense" if at is None else str(getattr(FORMS[at], "form", ""))
+        try:
+            made = model(block, dtype, at)
+        except click.ClickException as error:
+            click.echo(f"{name}: {error.message}", err=True)
+            continue
+        path = folder / f"{name}.onnx"
+        io.save(made, path, weights="copy")
+        found[name] = create_session(path, threads=threads, entries=NO_SPINNING, kernels=at is not None)
+    return found
+
+
+def measure(block: Block, made: dict[str, Session], tokens: int, rounds: int) -> dict[str, list[float]]:
+    """Median milliseconds: of the dense block, and of each form by share."""
     rng = np.random.default_rng(tokens)
     feeds = []
     for _ in range(_INPUTS):
@@ -136,34 +155,27 @@ def measure(
                 "weight": np.full((tokens, block.top_k), 1 / block.top_k, np.float32),
             }
         )
-    for at in (None, *range(len(FORMS))):
-        name = "dense, grouped" if at is None else str(getattr(FORMS[at], "form", ""))
-        try:
-            made = model(block, dtype, at)
-        except click.ClickException as error:
-            click.echo(f"{name}: {error.message}", err=True)
-            continue
-        path = folder / f"{at}.onnx"
-        io.save(made, path, weights="copy")
-        del made
-        session = create_session(path, threads=threads, entries=NO_SPINNING, kernels=at is not None)
-        shares = (None,) if at is None else SHARES
-        for share in shares:
+    cold, runs = Eviction(), []
+    for name, session in made.items():
+        for share in SHARES if name != "dense" else (None,):
             own = [each if share is None else {**each, _DIAL: np.array(share)} for each in feeds]
-            runs.append(
-                Contestant(name, lambda index, s=session, own=own: s.run(None, own[index]), prepare=cold)
-            )
-        rows.append((name, len(shares)))
+            run = functools.partial(_run, session, own)
+            runs.append(Contestant(name, run, prepare=cold))
     medians = np.median(interleave(runs, _INPUTS, rounds=rounds), axis=0) * 1e3
-    found, begin = [], 0
-    for name, count in rows:
-        found.append((name, medians[begin : begin + count].tolist()))
-        begin += count
+    found: dict[str, list[float]] = {}
+    for run, each in zip(runs, medians.tolist(), strict=True):
+        found.setdefault(run.name, []).append(each)
     return found
 
 
+def _run(session: Session, feeds: Sequence[dict[str, np.ndarray]], index: int) -> object:
+    return session.run(None, feeds[index])
+
+
 @click.command(help=__doc__)
-@click.option("--blocks", default="8x2x2816x1024,32x4x1408x1024,64x8x768x1024", help="Experts, top-k, inner, hidden.")
+@click.option(
+    "--blocks", default="8x2x2816x1024,32x4x1408x1024,64x8x768x1024", help="Experts, top-k, inner, hidden."
+)
 @click.option("--types", default="float32,int8,int4")
 @click.option("--tokens", default="1,64")
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
@@ -175,17 +187,26 @@ def main(blocks: str, types: str, tokens: str, threads: int, rounds: int) -> Non
         for text in blocks.split(","):
             block = Block.parse(text)
             for dtype in types.split(","):
-                for count in map(int, tokens.split(",")):
-                    with tempfile.TemporaryDirectory() as folder:
-                        found = measure(block, dtype, count, threads, rounds, Path(folder))
-                    dense = found[0][1][0]
-                    head = [f"{block.experts}, top-{block.top_k}", dtype, str(count), f"{dense:.2f}"]
-                    for name, ms in found[1:]:
-                        rows.append([*head, name, *(f"{dense / each:.2f}" for each in ms)])
-                        click.echo(" ".join(rows[-1]), err=True)
+                with tempfile.TemporaryDirectory() as folder:
+                    made = sessions(block, dtype, threads, Path(folder))
+                    for count in map(int, tokens.split(",")):
+                        found = measure(block, made, count, rounds)
+                        [dense] = found.pop("dense")
+                        head = [f"{block.experts}, top-{block.top_k}", dtype, str(count), f"{dense:.2f}"]
+                        for name, ms in found.items():
+                            rows.append([*head, name, *(f"{dense / each:.2f}" for each in ms)])
+                            click.echo(" ".join(rows[-1]), err=True)
+                    del made
     except SparseOnnxError as error:
         raise click.ClickException(str(error)) from error
-    columns = ["experts", "weights", "tokens", "dense, ms", "thresholds in", *(f"{share} %" for share in SHARES)]
+    columns = [
+        "experts",
+        "weights",
+        "tokens",
+        "dense, ms",
+        "thresholds in",
+        *(f"{share} %" for share in SHARES),
+    ]
     click.echo(markdown(columns, rows))
 
 

@@ -3,9 +3,9 @@
     Y[s] = S(X[s] - centre) W[index[s]] + folded_bias[index[s]]        S(v) = v where |v| > tau, else 0
 
 Each row goes through the layer of the expert that its index names, which is `ThresholdedLinear` (see `thresholded`). A
-native kernel registered under the same name computes the rows of one expert together, and reads of each expert's weights
-those of inputs that are kept, and nothing of experts without rows. The function's body takes one expert with rows after
-the other.
+native kernel registered under the same name computes the rows of one expert together, and reads of its weights those
+of inputs that are kept; of experts without rows nothing. The function's body takes one expert with rows after the other,
+and refuses an index of E and above, not one below 0, which Gather counts from the end.
 
 The n-bit variant holds integers as `ThresholdedLinearNBits` does, blocks along `axis` 1 or 2 of W [E, K, N]. Its body
 widens them to 16 bits, all at once, since Gather takes none below a byte.

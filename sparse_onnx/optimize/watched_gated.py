@@ -74,7 +74,7 @@ def layer_gap(
     centre: np.ndarray,
     folded: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a layer that skips inputs must give, ``[..., N]``, and how far `y` is from it beyond what its type excuses."""
+    """What a layer that skips inputs must give, ``[..., N]``, and how far off `y` is beyond what its type excuses."""
     expected = thresholded_reference(x, weight, bound, centre, folded)
     gap = np.abs(y.astype(np.float64) - expected) if y.shape == expected.shape else np.zeros(1)
     name = x.dtype.name
