@@ -22,9 +22,7 @@ Feeds = Mapping[str, np.ndarray]
 SETTLE_S = 0.005
 
 
-def create(
-    path: str | os.PathLike[str], threads: int, kernels: bool = False
-) -> onnxruntime.InferenceSession:
+def create(path: str | os.PathLike[str], threads: int, kernels: bool = False) -> onnxruntime.InferenceSession:
     """A session that can be timed beside others; with `kernels` it runs our native ones.
 
     Raises:

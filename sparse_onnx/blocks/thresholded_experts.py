@@ -4,7 +4,7 @@
 
 Each row goes through the layer of the expert that its index names, which is `ThresholdedLinear` (see `thresholded`). A
 native kernel registered under the same name computes the rows of one expert together, and reads of its weights those
-of inputs that are kept; of experts without rows nothing. The function's body takes one expert with rows after the other,
+of inputs that are kept; of experts without rows nothing. The body takes one expert with rows after the other,
 and refuses an index of E and above, not one below 0, which Gather counts from the end.
 
 The n-bit variant holds integers as `ThresholdedLinearNBits` does, blocks along `axis` 1 or 2 of W [E, K, N]. Its body

@@ -257,7 +257,9 @@ class Thresholds:
         watched = [item for item in acting(model) if not item.inner]
         missed = len(acting(model)) - reached
         how = (
-            "native kernels and function bodies" if is_built() and self.asked.mode == "native" else "the model"
+            "native kernels and function bodies"
+            if is_built() and self.asked.mode == "native"
+            else "the model"
         )
         error_of = f"{how}, largest relative error {worst:.1e}"
         text = f"{reached} thresholded layers agree with numpy at level {level} ({error_of})"
