@@ -56,8 +56,8 @@ def interleave(
         rounds: how many; None takes as many as `min_time` seconds a contestant allow, `fewest` to 200.
         min_time: see `rounds`.
         fewest: see `rounds`.
-        clock: in seconds; None: `time.perf_counter`. `time.thread_time` leaves out what the machine does besides, where a run is the work of the
-            calling thread alone.
+        clock: in seconds; None: `time.perf_counter`. `time.thread_time` leaves out what the machine does besides, where
+            a run is the work of the calling thread alone.
 
     Returns:
         Seconds ``[rounds, contestants]``.
