@@ -150,7 +150,7 @@ def measure(
 ) -> dict[str, list[float]]:
     """Milliseconds: of the dense block, and of each form by share."""
     rng = np.random.default_rng(tokens)
-    feeds = []
+    feeds: list[dict[str, np.ndarray]] = []
     for _ in range(_INPUTS):
         index = np.argsort(rng.random((tokens, block.experts)), axis=1)[:, : block.top_k]
         feeds.append(
@@ -163,16 +163,16 @@ def measure(
     cold, runs = Eviction(), []
     for name, session in made.items():
         for share in SHARES if name != "dense" else (None,):
-            own = [each if share is None else {**each, _DIAL: np.array(share)} for each in feeds]
-            run = functools.partial(_run, session, own)
-            runs.append(Contestant(name, run, prepare=cold))
+            level = {} if share is None else {_DIAL: np.array(share)}
+            own = [each | level for each in feeds]
+            runs.append(Contestant(name, functools.partial(_run, session, own), prepare=cold))
     clock = time.thread_time if threads == 1 else time.perf_counter
     times = interleave(runs, _INPUTS, rounds=rounds, clock=clock)
     least = [times[at::_INPUTS].min(axis=0) for at in range(min(_INPUTS, rounds))]
     means = np.exp(np.mean(np.log(least), axis=0)) * 1e3
     found: dict[str, list[float]] = {}
-    for run, each in zip(runs, means.tolist(), strict=True):
-        found.setdefault(run.name, []).append(each)
+    for contestant, each in zip(runs, means.tolist(), strict=True):
+        found.setdefault(contestant.name, []).append(each)
     return found
 
 
