@@ -129,7 +129,7 @@ def _plan(made: ir.Model) -> Plan:
     return Plan(plans, 50)
 
 
-def sessions(block: Block, dtype: str, threads: int, folder: Path) -> dict[str, Session]:
+def sessions(block: Block, dtype: str, threads: int, folder: Path, bodies: bool) -> dict[str, Session]:
     """Of the dense block first, then of each form that takes such weights with thresholds."""
     found = {}
     for at in (None, *range(len(FORMS))):
@@ -141,7 +141,9 @@ def sessions(block: Block, dtype: str, threads: int, folder: Path) -> dict[str, 
             continue
         path = folder / f"{name}.onnx"
         io.save(made, path, weights="copy")
-        found[name] = create_session(path, threads=threads, entries=NO_SPINNING, kernels=at is not None)
+        found[name] = create_session(
+            path, threads=threads, entries=NO_SPINNING, kernels=at is not None and not bodies
+        )
     return found
 
 
@@ -188,7 +190,8 @@ def _run(session: Session, feeds: Sequence[dict[str, np.ndarray]], index: int) -
 @click.option("--tokens", default="1,64")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=24, show_default=True)
-def main(blocks: str, types: str, tokens: str, threads: int, rounds: int) -> None:
+@click.option("--bodies", is_flag=True, help="Without the native kernels.")
+def main(blocks: str, types: str, tokens: str, threads: int, rounds: int, bodies: bool) -> None:
     rows: list[list[str]] = []
     try:
         build()
@@ -196,7 +199,7 @@ def main(blocks: str, types: str, tokens: str, threads: int, rounds: int) -> Non
             block = Block.parse(text)
             for dtype in types.split(","):
                 with tempfile.TemporaryDirectory() as folder:
-                    made = sessions(block, dtype, threads, Path(folder))
+                    made = sessions(block, dtype, threads, Path(folder), bodies)
                     for count in map(int, tokens.split(",")):
                         found = measure(block, made, count, threads, rounds)
                         [dense] = found.pop("dense")

@@ -34,9 +34,10 @@ def test_the_forms_compute_the_same_and_skip_what_the_level_says(dtype: str) -> 
     assert np.abs(results[0] - results[1]).max() < 1e-5 * np.abs(results[0]).max()
 
 
-def test_the_table(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("more", [[], ["--bodies"]])
+def test_the_table(kernels: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]) -> None:
     monkeypatch.setattr(tune, "_MOST_CACHE", 1 << 16)
-    options = ["--blocks", "4x2x96x64", "--types", "float32,int8", "--tokens", "1,3", "--rounds", "2"]
+    options = ["--blocks", "4x2x96x64", "--types", "float32,int8", "--tokens", "1,3", "--rounds", "2", *more]
     result = CliRunner().invoke(bench.main, options)
     assert result.exit_code == 0, result.output
     rows = [line.split("|")[1:-1] for line in result.stdout.splitlines() if line.startswith("| 4, top-2")]
