@@ -6,6 +6,9 @@ that are not packed stay mapped and are read when a kernel uses them; MoE never 
 In a body of If, Loop or Scan, ORT packs what the body itself or the graph around it holds, and nothing from further
 out. float16 matrices become float32 copies before they are packed.
 
+Thresholded layers hold copies of their weights, too: of their native kernels in large pages (`register_kernels`), or of
+ONNX Runtime's products in their functions' bodies.
+
 The sizes are those of resident memory, measured with ORT 1.32 on x86-64, without padding. Other processors may leave
 some n-bit weights as they are.
 """
@@ -18,6 +21,10 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from sparse_onnx.blocks.spec import DOMAIN
+from sparse_onnx.blocks.thresholded import LINEAR, N_BITS
+from sparse_onnx.blocks.thresholded_gated import GATED, GATED_N_BITS
+
 #: Inputs that kernels pack, where they are constant.
 _PACKED = {
     ("", "Gemm"): (1,),
@@ -27,9 +34,14 @@ _PACKED = {
     ("com.microsoft", "MatMulIntegerToFloat"): (1,),
     ("com.microsoft", "MatMulNBits"): (1,),
     ("com.microsoft", "QMoE"): (2, 5),
+    (DOMAIN, LINEAR): (1,),
+    (DOMAIN, N_BITS): (1, 2, 3),
+    (DOMAIN, GATED): (2, 4),
+    (DOMAIN, GATED_N_BITS): (2, 3, 4, 6, 7, 8),
 }
+_LEAST_HELD = 1 << 16  # bytes that a kernel copies
 _FLOAT = ("Gemm", "MatMul")
-_N_BITS = ("MatMulNBits", "QMoE")  # each weight has its scales in the input behind it
+_INTEGERS = ("MatMulNBits", "QMoE")  # each weight has its scales in the input behind it
 
 #: Bytes a scale that are packed with the weights where activations become 8-bit integers too: the scale and a sum.
 _ROUNDED_SCALE = 8
@@ -42,16 +54,23 @@ _ONLY_USED = "resident: only weights that are used"
 
 @dataclasses.dataclass(frozen=True)
 class Residency:
-    """Bytes of packed copies: `movable` ones can stay in the file (`--weights prepacked`), `fixed` ones cannot."""
+    """Bytes of packed copies: `movable` ones can stay in the file (`--weights prepacked`), `fixed` ones cannot, and
+    those of thresholded layers need not be (`register_kernels(hold_weights=False)`)."""
 
     movable: int
     fixed: int
+    thresholded: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.movable + self.fixed + self.thresholded
 
 
 def residency(model: ir.Model) -> Residency:
     """What a session of the model will copy, from the graph alone: no weight is read."""
     movable: dict[int, int] = {}
     fixed: dict[int, int] = {}
+    held: dict[tuple[int, int], int] = {}  # by kernel, each of which has its own
     pending: list[tuple[ir.Graph, tuple[ir.Graph, ...]]] = [(model.graph, ())]
     while pending:
         graph, outer = pending.pop()
@@ -60,9 +79,12 @@ def residency(model: ir.Model) -> Residency:
                 if value.graph is not graph and value.graph not in outer[:1]:
                     continue
                 widened = value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT16
+                if node.domain == DOMAIN:
+                    held[id(node), id(value)] = size
+                    continue
                 (movable if value.graph is model.graph and not widened else fixed)[id(value)] = size
             pending += [(body, (graph, *outer)) for body in _bodies(node)]
-    return Residency(sum(movable.values()), sum(fixed.values()))
+    return Residency(sum(movable.values()), sum(fixed.values()), sum(held.values()))
 
 
 def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
@@ -84,7 +106,10 @@ def _packed(node: ir.Node) -> Iterator[tuple[ir.Value, int]]:
         tensor = value.const_value
         if tensor is None:
             continue
-        if node.op_type in _N_BITS:
+        if node.domain == DOMAIN:
+            if tensor.nbytes >= _LEAST_HELD:
+                yield value, tensor.nbytes
+        elif node.op_type in _INTEGERS:
             extra = _n_bits(node, index + 1)
             if extra is not None:
                 yield value, tensor.nbytes + extra
@@ -119,7 +144,7 @@ def note(found: Residency, packed_bytes: int | None = None) -> str | None:
         packed_bytes: what `save_prepacked` put into the file; None for a model that is saved in another way.
     """
     copied = 0 if packed_bytes else found.movable
-    if packed_bytes is None and copied + found.fixed < _WORTH_SAYING:
+    if packed_bytes is None and copied + found.fixed + found.thresholded < _WORTH_SAYING:
         return None
     kept = []
     if copied:
@@ -130,6 +155,11 @@ def note(found: Residency, packed_bytes: int | None = None) -> str | None:
     if found.fixed:
         kept.append(
             f"{amount(found.fixed)} of packed weights that ORT has to copy (float16, or held by branches)"
+        )
+    if found.thresholded:
+        kept.append(
+            f"{amount(found.thresholded)} of thresholded layers (native kernels leave them where they are with "
+            "register_kernels(hold_weights=False))"
         )
     text = f"resident: {' and '.join([*kept, 'what is used of the others'])}" if kept else _ONLY_USED
     if packed_bytes is None:

@@ -66,7 +66,7 @@ def describe(
         "outputs": [_port(value) for value in model.graph.outputs],
         "memory": {
             "weight_bytes": stats.weight_bytes(model),
-            "packed_bytes": found.movable + found.fixed,
+            "packed_bytes": found.total,
             "note": note(found),
         },
         "kernels": None if kernels is None else dataclasses.asdict(kernels),

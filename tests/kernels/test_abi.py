@@ -29,6 +29,9 @@ _ENTRIES = {
     "KernelContext_GetOutput": "kKernelContextGetOutput",
     "ReleaseTensorTypeAndShapeInfo": "kReleaseTensorTypeAndShapeInfo",
     "KernelContext_ParallelFor": "kKernelContextParallelFor",
+    "HasSessionConfigEntry": "kHasSessionConfigEntry",
+    "GetSessionConfigEntry": "kGetSessionConfigEntry",
+    "KernelInfoGetConstantInput_tensor": "kKernelInfoGetConstantInputTensor",
 }
 _NUMBERS = {
     "ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT": "kFloat",

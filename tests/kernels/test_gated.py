@@ -33,7 +33,7 @@ def test_every_type(dtype: str, stored: str | None, library: Path) -> None:
         layer = Gated(*shape, dtype, stored, up, down)
         made = make(layer)
         run = session(made.model, native=True)
-        for tokens in (1, 2, 5, 40):
+        for tokens in (1, 2, 5, 40, 100, 300):
             gate, x = rows(layer, tokens)
             actual = run.run(None, fed(layer, gate, x))[0]
             assert error(made.expected(gate, x), actual) < TOLERANCE[dtype], (layer, tokens)
@@ -52,7 +52,7 @@ def test_without_the_library_the_body_runs(stored: str | None) -> None:
 
 
 @pytest.mark.parametrize("stored", [None, "int8", "uint4"])
-@pytest.mark.parametrize("tokens", [0, 1, 8, 40])
+@pytest.mark.parametrize("tokens", [0, 1, 8, 40, 100])
 def test_nothing_is_skipped_below_zero_and_everything_above_all(
     stored: str | None, tokens: int, library: Path
 ) -> None:
@@ -71,7 +71,7 @@ def test_nothing_is_skipped_below_zero_and_everything_above_all(
 
 
 @pytest.mark.parametrize("native", [False, True])
-@pytest.mark.parametrize("tokens", [1, 2, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 40, 100])
 def test_ties_are_skipped(tokens: int, native: bool, library: Path) -> None:
     layer = Gated(32, 48, 24)
     made = make(layer).with_constants(tau=np.array([0.5], np.float32))
@@ -101,7 +101,7 @@ def test_skipped_weights_are_not_read(tokens: int, library: Path) -> None:
 
 
 @pytest.mark.parametrize("native", [False, True])
-@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("tokens", [1, 5, 40, 100])
 def test_what_is_no_number(tokens: int, native: bool, library: Path) -> None:
     """NaN and infinity of a gate are kept; of a unit whose gate is small they are not seen."""
     layer = Gated(32, 16, 24)
@@ -153,7 +153,7 @@ def test_shapes_that_do_not_fit(name: str, shape: tuple[int, ...], message: str,
 
 
 @pytest.mark.parametrize("stored", [None, "int4"])
-@pytest.mark.parametrize("tokens", [1, 2, 70])
+@pytest.mark.parametrize("tokens", [1, 2, 70, 130])
 def test_several_threads_again_and_again(stored: str | None, tokens: int, library: Path) -> None:
     layer = Gated(1024, 2752, 1024, stored=stored)
     made = make(layer)
@@ -174,7 +174,7 @@ def layers(draw: st.DrawFn) -> Gated:
 
 
 @settings(max_examples=60, deadline=None)
-@given(layer=layers(), tokens=st.integers(1, 40))
+@given(layer=layers(), tokens=st.integers(1, 40) | st.integers(90, 140))
 def test_any_layer(library: Path, layer: Gated, tokens: int) -> None:
     made, (gate, x) = make(layer), rows(layer, tokens, layer.seed)
     actual = session(made.model, native=True).run(None, fed(layer, gate, x))[0]

@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from sparse_onnx import kernels
 from sparse_onnx.graph import io
 from sparse_onnx.optimize.resident import Residency, amount, note, residency
 
@@ -56,6 +57,48 @@ def integers(bits: int, accuracy: int, count: int = 32) -> tuple[list, dict]:
         )  # fmt: skip
         last = f"y{number}"
     return [*nodes, helper.make_node("Identity", [last], ["y"])], weights
+
+
+def thresholded(stored: str | None) -> tuple[list, dict]:
+    """Layers of floats, or of integers with scales of 8 inputs."""
+    nodes, last = [], "x"
+    weights: dict[str, np.ndarray] = {"tau": np.zeros(1, "f"), "bias": np.zeros(K, "f")}
+    rng = np.random.default_rng(5)
+    for number in range(8):
+        own = {f"w{number}": noise((K, K))}
+        if stored is not None:
+            own = {f"w{number}": rng.integers(-128, 127, (K, K), dtype=np.int8)}
+            own[f"s{number}"] = rng.uniform(0.5, 1, (K // 8, K)).astype("f") / 999
+            own[f"z{number}"] = np.zeros((K // 8, K), np.int8)
+        op, attributes = ("ThresholdedLinear", {})
+        if stored is not None:
+            op, attributes = "ThresholdedLinearNBits", {"axis": 0, "block_size": 8}
+        inputs = [last, *own, "tau", "tau", "bias"]
+        nodes.append(helper.make_node(op, inputs, [f"y{number}"], domain="sparse_onnx", **attributes))
+        weights |= own
+        last = f"y{number}"
+    return [*nodes, helper.make_node("Identity", [last], ["y"])], weights
+
+
+def thresholded_branch(local: bool) -> tuple[list, dict]:
+    """A layer within a condition."""
+    tensor = noise((K, K))
+    weights = {"tau": np.zeros(1, "f"), "bias": np.zeros(K, "f")} | ({} if local else {"w": tensor})
+    layer = helper.make_node(
+        "ThresholdedLinear", ["x", "w", "tau", "tau", "bias"], ["a"], domain="sparse_onnx"
+    )
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+        helper.make_node("Cast", ["most"], ["flag"], to=TensorProto.BOOL),
+        helper.make_node(
+            "If", ["flag"], ["y"],
+            then_branch=helper.make_graph(
+                [layer], "then", [], [value("a")], [numpy_helper.from_array(tensor, "w")] if local else []
+            ),
+            else_branch=helper.make_graph([helper.make_node("Identity", ["x"], ["b"])], "else", [], [value("b")]),
+        ),
+    ]  # fmt: skip
+    return nodes, weights
 
 
 def dynamic() -> tuple[list, dict]:
@@ -141,6 +184,7 @@ def written(made: tuple[list, dict], path: Path, half: bool = False) -> Path:
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )  # fmt: skip
     imports = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    imports.append(helper.make_opsetid("sparse_onnx", 1))
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
     onnx.save(
         model, path, save_as_external_data=True, location="data", size_threshold=64, convert_attribute=True
@@ -159,14 +203,22 @@ OWN = """
     before = own()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    if len(sys.argv) > 2:
+        options.register_custom_ops_library(sys.argv[2])
     session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
     print(own() - before)
 """
 
 
-def own_memory(path: Path) -> int:
+def own_memory(path: Path, library: Path | None = None) -> int:
     """Bytes that a session adds to the memory that is only the process's."""
-    command = [sys.executable, "-c", textwrap.dedent(OWN), str(path)]
+    command = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(OWN),
+        str(path),
+        *([] if library is None else [str(library)]),
+    ]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -213,6 +265,25 @@ def test_the_graph_tells_what_a_session_holds(name: str, tmp_path: Path) -> None
     found = residency(io.load(path))
     assert found == Residency(movable, fixed)
     assert abs(own_memory(path) - movable - fixed) < 6 * MB, "of at least 16, or none"
+
+
+THRESHOLDED = {
+    "floats": (lambda: thresholded(None), 8 * MATRIX),
+    "integers": (lambda: thresholded("int8"), 8 * (K * K + 5 * K * K // 8)),
+    "branch": (lambda: thresholded_branch(False), MATRIX),
+    "branch with its own": (lambda: thresholded_branch(True), MATRIX),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels copy weights on Linux alone")
+@pytest.mark.parametrize("name", THRESHOLDED)
+def test_native_kernels_hold_what_the_graph_tells(name: str, tmp_path: Path) -> None:
+    build, size = THRESHOLDED[name]
+    library = kernels.build()
+    path = written(build(), tmp_path / "m.onnx")
+    found = residency(io.load(path))
+    assert found == Residency(0, 0, size)
+    assert abs(own_memory(path, library) - size) < MATRIX
 
 
 def test_inputs_and_shared_matrices(tmp_path: Path) -> None:

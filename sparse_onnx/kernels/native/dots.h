@@ -33,15 +33,6 @@ void lay(const Weights& w, const float* x, float* out) {
   });
 }
 
-// Numbers of one row, columns first..last: at most kStrip.
-void numbers_of(const Weights& w, int64_t row, int64_t first, int64_t last, float* out) {
-  numbers(w.type, w.data, row * w.columns + first, last - first, out);
-  if (!w.scale) return;
-  float scale[kStrip], zero[kStrip] = {};
-  row_scales(w, row, first, last, scale, zero);
-  for (int64_t at = 0; at < last - first; ++at) out[at] = (out[at] - zero[at]) * scale[at];
-}
-
 INLINE float total(Floats value) {
   float sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += value[lane];

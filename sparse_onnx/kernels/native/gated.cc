@@ -18,6 +18,8 @@ namespace {
 constexpr int64_t kAlone = 1 << 16;  // products below which waking threads costs more than it gives
 constexpr int64_t kUnion = 32;       // tokens up to which a row of weights may be needed by none
 constexpr int64_t kPart = 64;        // rows of weights that a thread takes at a time, for several tokens
+constexpr int64_t kStripes = 512;    // and for many
+constexpr int64_t kMany = 96;        // tokens for which turning weights costs less than it gives: measured with AVX-512
 
 struct Layer {
   Weights up, down;
@@ -59,34 +61,37 @@ void several(ort::KernelContext* context, const Layer& layer, const float* gate,
     for (int64_t k = 0; k < up.rows; ++k)
       if (used[k]) index[count++] = (int32_t)k;
   }
-  const int64_t strip = best.strip, strips = (up.columns + strip - 1) / strip;
-  Room ups(tokens * count), hidden(tokens * up.rows), parts(strips * tokens * strip);
-  parallel(context, strips, [&](int64_t at) {
-    const int64_t some = std::min(strip, up.columns - at * strip);
+  const bool many = tokens >= kMany;
+  const int64_t width = many ? best.depth : best.strip, pieces = (up.columns + width - 1) / width;
+  Room ups(tokens * count), hidden(tokens * up.rows), parts(pieces * tokens * width);
+  parallel(context, pieces, [&](int64_t at) {
+    const int64_t some = std::min(width, up.columns - at * width);
     for (int64_t token = 0; token < tokens; ++token) {
-      float* to = parts.get() + (at * tokens + token) * strip;
-      std::copy_n(x + token * up.columns + at * strip, some, to);
-      std::fill(to + some, to + strip, 0.0f);
+      float* to = parts.get() + (at * tokens + token) * width;
+      std::copy_n(x + token * up.columns + at * width, some, to);
+      std::fill(to + some, to + width, 0.0f);
     }
   });
-  const int64_t part = tokens * count * up.columns >= kAlone ? kPart : std::max<int64_t>(1, count);
-  parallel(context, (count + part - 1) / part, [&](int64_t at) {
-    const int64_t begin = at * part, end = std::min(count, begin + part);
-    best.cross(up, parts.get(), tokens, index.get() + begin, end - begin, ups.get() + begin, count,
-               scratch(best.cross_scratch(tokens)));
+  const int64_t worth = tokens * count * up.columns >= kAlone ? (many ? kStripes : kPart) : std::max<int64_t>(1, count);
+  parallel(context, (count + worth - 1) / worth, [&](int64_t at) {
+    const int64_t begin = at * worth, end = std::min(count, begin + worth);
+    if (many)
+      best.turned(up, parts.get(), index.get(), count, tokens, ups.get(), begin, end, scratch(best.rows_scratch));
+    else
+      best.cross(up, parts.get(), tokens, index.get() + begin, end - begin, ups.get() + begin, count,
+                 scratch(best.cross_scratch(tokens)));
   });
   if (count < up.rows) std::fill(hidden.get(), hidden.get() + tokens * up.rows, 0.0f);
   for (int64_t token = 0; token < tokens; ++token) {
     const float *own = gate + token * up.rows, *unit = ups.get() + token * count;
     float* to = hidden.get() + token * up.rows;
-    const auto one = [&](int64_t at, int64_t k) {
-      const float product = own[k] * (unit[at] + layer.up_bias[k]);
-      to[k] = skipped(own[k], layer.tau) ? 0 : product;
-    };
     if (count == up.rows)
-      for (int64_t k = 0; k < count; ++k) one(k, k);
+      best.gate(own, unit, layer.up_bias, layer.tau, count, to);
     else
-      for (int64_t at = 0; at < count; ++at) one(at, index[at]);
+      for (int64_t at = 0; at < count; ++at) {
+        const int64_t k = index[at];
+        best.gate(own + k, unit + at, layer.up_bias + k, layer.tau, 1, to + k);
+      }
   }
   const float none = 0;  // what was skipped is zero now
   product(context, layer.down, hidden.get(), tokens, Rule{&none, &none, 0, 0}, layer.bias, y);

@@ -30,7 +30,7 @@ namespace JOIN(level_, LEVEL) {
 #include "single.h"
 
 extern const Level table;
-const Level table{STRING(LEVEL), choose, mask, row, row_scratch, rows, kDepth * kStrip + kBatch * kStrip,
+const Level table{STRING(LEVEL), choose, mask, gate, row, row_scratch, rows, turned, kDepth * kStrip + kBatch * kStrip,
                   kDepth,        laid,   lay,  dots, dots_scratch, cross,  cross_scratch, kStrip,
                   widen,         narrow};
 

@@ -44,6 +44,8 @@ struct Level {
   int64_t (*choose)(const float* x, int64_t count, const Rule&, int32_t* index, float* value);
   // The same with zeros for what is not kept.
   void (*mask)(const float* x, int64_t count, const Rule&, float* out);
+  // out = S(gate) * (up + bias), S as above.
+  void (*gate)(const float* gate, const float* up, const float* bias, float tau, int64_t count, float* out);
   // y[first..last) = the product of one row; y is whole, `first` a multiple of kColumns.
   void (*row)(const Weights&, const Kept&, float* y, int64_t first, int64_t last, float* scratch);
   int64_t (*row_scratch)(const Weights&, int64_t columns);  // floats that `row` needs
@@ -51,7 +53,11 @@ struct Level {
   // with zeros where inputs are skipped and behind the last; `index` has the rows of W that they belong to.
   void (*rows)(const Weights&, const float* x, const int32_t* index, int64_t count, int64_t tokens, const float* bias,
                float* y, int64_t first, int64_t last, float* scratch);
-  int64_t rows_scratch;  // floats that `rows` needs
+  // The same without a bias where `index` names rows of W that are its columns, `count` of them: x [ceil(columns / depth), tokens, depth],
+  // y [tokens, count], its columns first..last.
+  void (*turned)(const Weights&, const float* x, const int32_t* index, int64_t count, int64_t tokens, float* y,
+                 int64_t first, int64_t last, float* scratch);
+  int64_t rows_scratch;  // floats that `rows` and `turned` need
   int64_t depth;
   // The other way round: out[at] = the row index[at] of W times one x, which `lay` put into `laid` floats.
   int64_t (*laid)(const Weights&);

@@ -31,7 +31,8 @@ struct Ahead {
   const uint8_t* base;
   int64_t stride, bytes;
   const int32_t* index;
-  int64_t count, row = 0, line = 0;
+  int64_t count;
+  int64_t row = 0, line = 0;
   INLINE void fetch() {
     if (row >= count) return;
     __builtin_prefetch(base + index[row] * stride + line, 0, 2);
@@ -49,7 +50,7 @@ void row_scales(const Weights& w, int64_t row, int64_t first, int64_t last, floa
     return;
   }
   const int64_t from = first / w.block_columns, count = (last - 1) / w.block_columns - from + 1;
-  float scales[kStrip + 1], zeros[kStrip + 1] = {};
+  float scales[kStrip + 1], zeros[kStrip + 1];
   numbers(w.scale_type, w.scale, entry + from, count, scales);
   if (w.zero) numbers(w.type, w.zero, entry + from, count, zeros);
   for (int64_t b = 0; b < count; ++b) {
@@ -60,9 +61,19 @@ void row_scales(const Weights& w, int64_t row, int64_t first, int64_t last, floa
   }
 }
 
+// Numbers of one row, columns first..last: at most kStrip.
+void numbers_of(const Weights& w, int64_t row, int64_t first, int64_t last, float* out) {
+  numbers(w.type, w.data, row * w.columns + first, last - first, out);
+  if (!w.scale) return;
+  float scale[kStrip], zero[kStrip];
+  if (!w.zero) std::memset(zero, 0, (last - first) * sizeof(float));
+  row_scales(w, row, first, last, scale, zero);
+  for (int64_t at = 0; at < last - first; ++at) out[at] = (out[at] - zero[at]) * scale[at];
+}
+
 // Rows of W that `index` names as floats: panels of kChunk columns, each [kDepth, kChunk], zeros beyond the last.
 template <class R>
-void unpack(const Weights& w, const int32_t* index, int64_t depth, int64_t first, int64_t last, float* panels) {
+void unpack_rows(const Weights& w, const int32_t* index, int64_t depth, int64_t first, int64_t last, float* panels) {
   const int64_t stride = w.columns * R::bits / 8;
   const bool whole_bytes = R::bits >= 8 || w.columns % 2 == 0;
   alignas(64) float scale[kStrip], zero[kStrip] = {};
@@ -124,25 +135,76 @@ INLINE void tile(const float* x, const float* panel, int64_t depth, float* y, bo
     }
 }
 
+// What `many` multiplies by: the rows of W that `index` names, all of its columns.
 template <class R>
-void many(const Weights& w, const float* x, const int32_t* index, int64_t count, int64_t tokens, const float* bias,
-          float* y, int64_t first, int64_t last, float* panels) {
+struct Straight {
+  const Weights& w;
+  const int32_t* index;
+  int64_t depth;
+  int64_t columns() const { return w.columns; }
+  void unpack(int64_t from, int64_t some, int64_t first, int64_t last, float* panels) const {
+    unpack_rows<R>(w, index + from, some, first, last, panels);
+  }
+  Ahead ahead(int64_t from, int64_t some, int64_t first, int64_t last) const {
+    return {(const uint8_t*)w.data + first * R::bits / 8, w.columns * R::bits / 8, (last - first) * R::bits / 8, index + from, some};
+  }
+};
+
+// Or the rows of W that `index` names as columns.
+template <class R>
+struct Turned {
+  const Weights& w;
+  const int32_t* index;
+  int64_t count;
+  int64_t depth = w.columns;
+  int64_t columns() const { return count; }
+  void unpack(int64_t from, int64_t some, int64_t first, int64_t last, float* panels) const {
+    alignas(64) float rows[kLanes * kDepth];
+    const int64_t end = first + (last - first + kChunk - 1) / kChunk * kChunk;  // zeros beyond the last
+    for (int64_t column = first; column < end; column += kLanes) {
+      const int64_t real = most(0, least(kLanes, last - column)), whole = (some + kLanes - 1) / kLanes * kLanes;
+      for (int64_t r = 0; r < kLanes; ++r) {
+        float* to = rows + r * kDepth;
+        if (r < real) numbers_of(w, index[column + r], from, from + some, to);
+        const int64_t known = r < real ? some : 0;
+        std::memset(to + known, 0, (whole - known) * sizeof(float));
+      }
+      const int64_t at = column - first;
+      float* out = panels + at / kChunk * kDepth * kChunk + at % kChunk;
+      for (int64_t k = 0; k < whole; k += kLanes) {
+        Floats square[kLanes];
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) square[r] = load<Floats>(rows + r * kDepth + k);
+        turn(square);
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) store(out + (k + r) * kChunk, square[r]);
+      }
+    }
+  }
+  Ahead ahead(int64_t from, int64_t some, int64_t first, int64_t last) const {
+    return {(const uint8_t*)w.data + from * R::bits / 8, w.columns * R::bits / 8, some * R::bits / 8, index + first, last - first};
+  }
+};
+
+// y [tokens, S::columns()] = x times the source + bias, or without one where it is null: columns first..last.
+template <class S>
+void many(const S& source, const float* x, int64_t tokens, const float* bias, float* y, int64_t first, int64_t last,
+          float* panels) {
   float* sums = panels + kDepth * kStrip;
-  const int64_t parts = (count + kDepth - 1) / kDepth, stride = w.columns * R::bits / 8;
+  const int64_t parts = (source.depth + kDepth - 1) / kDepth;
+  const auto some_of = [&](int64_t part) { return least(kDepth, source.depth - part * kDepth); };
   for (int64_t strip = first; strip < last; strip += kStrip)
     for (int64_t token = 0; token < tokens; token += kBatch) {
       const int64_t end = least(strip + kStrip, last), some = least(kBatch, tokens - token);
       const int64_t chunks = (end - strip + kChunk - 1) / kChunk;
       for (int64_t part = 0; part < parts; ++part) {
-        const int64_t from = part * kDepth, depth = least(kDepth, count - from);
-        unpack<R>(w, index + from, depth, strip, end, panels);
-        Ahead ahead{(const uint8_t*)w.data + strip * R::bits / 8, stride, (end - strip) * R::bits / 8, index, 0};
-        if (part + 1 < parts) {
-          ahead.index += from + depth, ahead.count = least(kDepth, count - from - depth);
-        } else if (end < last && token + some == tokens) {
-          ahead.base += kStrip * R::bits / 8, ahead.bytes = least(kStrip, last - end) * R::bits / 8;
-          ahead.count = least(kDepth, count);
-        }
+        const int64_t depth = some_of(part);
+        source.unpack(part * kDepth, depth, strip, end, panels);
+        Ahead ahead{};
+        if (part + 1 < parts)
+          ahead = source.ahead((part + 1) * kDepth, some_of(part + 1), strip, end);
+        else if (end < last && token + some == tokens)
+          ahead = source.ahead(0, some_of(0), end, least(end + kStrip, last));
         for (int64_t chunk = 0; chunk < chunks; ++chunk)
           for (int64_t t = 0; t < some; t += kTokens)
             for (int v = 0; v < kVectors; v += kTile) {
@@ -157,9 +219,10 @@ void many(const Weights& w, const float* x, const int32_t* index, int64_t count,
             }
       }
       for (int64_t t = 0; t < some; ++t) {
-        float* to = y + (token + t) * w.columns + strip;
-        const float *own = sums + t * kStrip, *more = bias + strip;
-        for (int64_t column = 0; column < end - strip; ++column) to[column] = (parts ? own[column] : 0) + more[column];
+        float* to = y + (token + t) * source.columns() + strip;
+        const float* own = sums + t * kStrip;
+        for (int64_t column = 0; column < end - strip; ++column)
+          to[column] = (parts ? own[column] : 0) + (bias ? bias[strip + column] : 0);
       }
     }
 }
@@ -167,6 +230,13 @@ void many(const Weights& w, const float* x, const int32_t* index, int64_t count,
 void rows(const Weights& w, const float* x, const int32_t* index, int64_t count, int64_t tokens, const float* bias,
           float* y, int64_t first, int64_t last, float* scratch) {
   by_type(w.type, [&](auto reader) {
-    many<decltype(reader)>(w, x, index, count, tokens, bias, y, first, last, scratch);
+    many(Straight<decltype(reader)>{w, index, count}, x, tokens, bias, y, first, last, scratch);
+  });
+}
+
+void turned(const Weights& w, const float* x, const int32_t* index, int64_t count, int64_t tokens, float* y,
+            int64_t first, int64_t last, float* scratch) {
+  by_type(w.type, [&](auto reader) {
+    many(Turned<decltype(reader)>{w, index, count}, x, tokens, nullptr, y, first, last, scratch);
   });
 }

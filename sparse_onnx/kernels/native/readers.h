@@ -12,10 +12,10 @@ struct InOrder {
   static constexpr bool is_signed = true;
   static constexpr int bits = kBits;
   static constexpr bool in_order = true;
-  template <class F>
+  template <int kCount = kVectors, class F>
   static INLINE void each(const uint8_t* from, F&& visit) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) visit(v, Self::vector(from + v * kLanes * kBits / 8));
+    for (int v = 0; v < kCount; ++v) visit(v, Self::vector(from + v * kLanes * kBits / 8));
   }
   static INLINE void mend(Floats*) {}
 };
@@ -87,8 +87,9 @@ struct Nibbles {
   static constexpr bool is_signed = kSigned;
   static constexpr int bits = 4;
   static constexpr bool in_order = false;
-  template <class F>
+  template <int kCount = kVectors, class F>
   static INLINE void each(const uint8_t* from, F&& visit) {
+    static_assert(kCount == kVectors, "eight columns a word");
 #if defined(__AVX512F__)
     // A permutation looks at the lowest four bits of a lane: it turns nibbles into numbers.
     const __m512 numbers = kSigned ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)

@@ -10,6 +10,11 @@ constexpr int group_of = R::bits == 4 ? 6 : 4;
 constexpr int kGroup = 8;  // the largest
 constexpr int kLeastBlock = 8;  // columns that share a scale, below which each weight is taken by itself
 
+template <int kCount>
+struct Count {
+  static constexpr int value = kCount;
+};
+
 struct Group {
   const uint8_t *row[kGroup + 1], *next[kGroup + 1];
   const float* factor[kGroup + 1];
@@ -42,21 +47,21 @@ INLINE Floats lane_blocks(const float* factor, int shift) {
 #endif
 }
 
-// sums[0..kChunk) += the group's rows, in the order of R's vectors. kMany: several factors a row and chunk.
-template <class R, bool kMany>
+// sums[0..kCount * kLanes) += the group's rows, in the order of R's vectors. kMany: several factors a row and chunk.
+template <class R, bool kMany, int kCount = kVectors>
 INLINE void add_chunk(const Group& group, int64_t bytes, int64_t block, int shift, float* sums) {
-  Floats sum[kVectors];
-  for (int v = 0; v < kVectors; ++v) sum[v] = load<Floats>(sums + v * kLanes);
+  Floats sum[kCount];
+  for (int v = 0; v < kCount; ++v) sum[v] = load<Floats>(sums + v * kLanes);
   for (int r = 0; r < group.count; ++r) {
     const float* factor = group.factor[r] + block;
     Floats all;
     if (!kMany || !R::in_order) all = kMany ? lane_blocks(factor, shift) : spread(*factor);
-    R::each(group.row[r] + bytes, [&](int v, Floats weights) {
+    R::template each<kCount>(group.row[r] + bytes, [&](int v, Floats weights) {
       sum[v] += weights * (kMany && R::in_order ? spread(factor[v >> shift]) : all);
     });
-    for (int line = 0; line < kChunk * R::bits / 8; line += 64) __builtin_prefetch(group.next[r] + bytes + line, 0, 2);
+    for (int line = 0; line < kCount * kLanes * R::bits / 8; line += 64) __builtin_prefetch(group.next[r] + bytes + line, 0, 2);
   }
-  for (int v = 0; v < kVectors; ++v) store(sums + v * kLanes, sum[v]);
+  for (int v = 0; v < kCount; ++v) store(sums + v * kLanes, sum[v]);
 }
 
 template <class R, bool kMany>
@@ -65,8 +70,16 @@ INLINE void add_group(const Group& group, const Weights& w, int shift, int64_t f
   const bool by_block = w.scale && (kMany || shift == -1);
   const auto block = [&](int64_t column) { return by_block ? column / w.block_columns - block_of_first : 0; };
   int64_t column = first;
-  for (; column + kChunk <= last; column += kChunk)
-    add_chunk<R, kMany>(group, column * R::bits / 8, block(column), shift, sums + (column - first));
+  const auto add = [&](auto count) INLINED {
+    add_chunk<R, kMany, decltype(count)::value>(group, column * R::bits / 8, block(column), shift, sums + (column - first));
+    column += decltype(count)::value * kLanes;
+  };
+  while (column + kChunk <= last) add(Count<kVectors>());
+  if constexpr (R::in_order) {
+    if (column + 4 * kLanes <= last) add(Count<4>());
+    if (column + 2 * kLanes <= last) add(Count<2>());
+    if (column + kLanes <= last) add(Count<1>());
+  }
   if (column == last) return;
   uint8_t ends[kGroup + 1][kChunk * R::bits / 8] = {};
   Group end = group;

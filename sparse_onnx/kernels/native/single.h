@@ -37,6 +37,17 @@ void mask(const float* x, int64_t count, const Rule& rule, float* out) {
   }
 }
 
+// out = S(gate) * (up + bias): zero where |gate| <= tau, whatever the rest is.
+void gate(const float* gate, const float* up, const float* bias, float tau, int64_t count, float* out) {
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) {
+    const Floats own = load<Floats>(gate + k);
+    const auto skipped = (own <= spread(tau)) & (own >= spread(-tau));
+    store(out + k, skipped ? Floats{} : own * (load<Floats>(up + k) + load<Floats>(bias + k)));
+  }
+  for (; k < count; ++k) out[k] = __builtin_fabsf(gate[k]) <= tau ? 0 : gate[k] * (up[k] + bias[k]);
+}
+
 void widen(Type type, const void* from, float* to, int64_t count) { numbers(type, from, 0, count, to); }
 
 // To nearest, ties to even.

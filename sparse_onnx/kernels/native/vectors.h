@@ -100,3 +100,19 @@ INLINE void interleave(Floats& a, Floats& b) {
 #endif
   a = first, b = second;
 }
+
+// A square of numbers, rows to columns: each round has the first half and the second one take turns.
+INLINE void turn(Floats* rows) {
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+    Floats next[kLanes];
+#pragma GCC unroll 8
+    for (int at = 0; at < kLanes / 2; ++at) {
+      Floats a = rows[at], b = rows[at + kLanes / 2];
+      interleave(a, b);
+      next[2 * at] = a, next[2 * at + 1] = b;
+    }
+#pragma GCC unroll 16
+    for (int at = 0; at < kLanes; ++at) rows[at] = next[at];
+  }
+}
