@@ -87,7 +87,7 @@ class BranchExperts(Lowering):
         if _thresholded_integers(block):
             return (
                 "ORT does not load thresholded layers of integers in a branch without the native kernels",
-                "take --form grouped, or experts in float",
+                "take --form grouped or gathered, or experts in float",
             )
         if self.style == "loop":
             unheard = block.dtype == ir.DataType.BFLOAT16

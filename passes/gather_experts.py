@@ -23,9 +23,15 @@ what was gathered is dequantized, by Cast, Sub and Mul; blocks along either axis
 input, an expert or for all. Integers below a byte are gathered as bytes. QNN HTP leaves the Gather of integers to the
 CPU, and takes the rest.
 
+With thresholds (`optimize --thresholds`, mode native) no matrix is gathered: sparse_onnx::ThresholdedExpertLinear and
+ThresholdedExpertLinearNBits take the slots with all experts' weights, and their native kernel reads of each slot's
+expert those of inputs that are kept, rows of one expert together. That is made for CPU and any number of tokens: in the
+functions' bodies shapes are not static.
+
 Refused: blocks of quantized weights that run across experts, experts that do not begin on whole bytes, integers or
-scales that are no constants; numbers of experts that the graph does not tell; opsets below 18. `Combine` (experts of
-any body) is not handled: such experts have no packed weights to gather.
+scales that are no constants; numbers of experts that the graph does not tell; opsets below 18; thresholds of other
+modes than native, on units behind a gate (CATS), on weights that are computed, or with index=int32. `Combine` (experts
+of any body) is not handled: such experts have no packed weights to gather.
 """
 
 from __future__ import annotations
@@ -37,13 +43,15 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.blocks import MoEBlock
-from sparse_onnx.blocks.chosen_weights import ChosenWeights, gather_obstacle
+from sparse_onnx.blocks.chosen_weights import gather_obstacle
 from sparse_onnx.blocks.expert import emit_hidden
-from sparse_onnx.blocks.index_type import IndexedLowering, emit_index
+from sparse_onnx.blocks.expert_thresholds import marked
+from sparse_onnx.blocks.index_type import INDEX_TYPES, IndexedLowering, emit_index
 from sparse_onnx.blocks.lowering import Problem
 from sparse_onnx.blocks.routing import never_dropped
 from sparse_onnx.blocks.weighted_sum import emit_kept_weight, emit_weighted_sum
 from sparse_onnx.graph.build import Emitter
+from sparse_onnx.sparsify.chosen_experts import chosen_obstacle, chosen_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +59,16 @@ class GatherExperts(IndexedLowering):
     __doc__ = __doc__
     name: ClassVar[str] = "gather_experts"
     form: ClassVar[str] = "gathered"
+    skips_inputs: ClassVar[bool] = True
     summary: ClassVar[str] = (
         "each slot's weights gathered, one batched product: static shapes for targets that need them"
     )
 
     def problem(self, block: MoEBlock, opset: int) -> Problem | None:
+        if marked(block.node) and self.index != INDEX_TYPES[0]:
+            return "experts with thresholds are numbered in int64", "leave out index=int32"
         found = (gather_obstacle(value, role) for role, value in block.weights.items())
-        return next(filter(None, found), None)
+        return next(filter(None, found), None) or chosen_obstacle(block)
 
     def rewrite(self, block: MoEBlock, emit: Emitter, opset: int) -> set[str]:
         experts, top_k, width = block.experts, block.top_k, block.hidden_out
@@ -71,7 +82,7 @@ class GatherExperts(IndexedLowering):
             kept = emit.op("Less", slots, emit.constant(np.asarray(experts, kind)))
             slots = emit.op("Where", kept, slots, emit.constant(np.asarray(0, kind)))
 
-        chosen = ChosenWeights(block, emit, emit.names, slots)
+        chosen = chosen_weights(block, emit, emit.names, slots)
         rows = _rows_of_slots(emit, block.tokens, top_k)
         projected = [chosen.linear(role, rows) for role in block.spec.roles[:-1]]
         hidden = emit_hidden(emit, block.spec, projected, block.dtype, opset)
@@ -80,7 +91,7 @@ class GatherExperts(IndexedLowering):
             by_slot = emit.op("Where", kept, by_slot, emit.scalar(0.0, block.dtype))
         emit.replace(block.node, emit_weighted_sum(emit, by_slot, weight, top_k, width, block.dtype))
         chosen.drop_unused()
-        return set()
+        return chosen.domains
 
 
 def _rows_of_slots(emit: Emitter, tokens: ir.Value, top_k: int) -> ir.Value:

@@ -18,8 +18,8 @@ up's nor down's weights of the units whose activation is small.
 
 Weights that lie `[N, K]` are turned when the model is written; integers stay integers, of MatMulNBits and
 DequantizeLinear both. A vector that is added behind the layer becomes part of it. Experts of mixture-of-experts blocks
-are marked here, and skip inputs in the forms `grouped` and `branched`, integers in `grouped` alone. Enters If, Loop and
-Scan bodies.
+are marked here, and skip inputs in the forms `grouped`, `branched` and (mode native) `gathered`, integers not in
+`branched`. Enters If, Loop and Scan bodies.
 
 Refused, with the reason: routers, output heads and embeddings; layers whose share is too small to pay; layers of
 other types than float32, float16 and bfloat16; products of activations that are rounded to 8 bits; integers in blocks

@@ -22,13 +22,13 @@ Feeds = Mapping[str, np.ndarray]
 SETTLE_S = 0.005
 
 
-def create(path: str | os.PathLike[str], threads: int) -> onnxruntime.InferenceSession:
-    """A session that can be timed beside others.
+def create(path: str | os.PathLike[str], threads: int, kernels: bool = False) -> onnxruntime.InferenceSession:
+    """A session that can be timed beside others; with `kernels` it runs our native ones.
 
     Raises:
         ModelError, ImpossibleError: it does not load.
     """
-    return sessions.create_session(path, threads=threads, entries=NO_SPINNING)
+    return sessions.create_session(path, threads=threads, entries=NO_SPINNING, kernels=kernels)
 
 
 def onnx(name: str, session: onnxruntime.InferenceSession, feeds: Sequence[Feeds]) -> Contestant:

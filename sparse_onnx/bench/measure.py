@@ -42,6 +42,7 @@ def interleave(
     rounds: int | None = None,
     min_time: float = 1.0,
     fewest: int = _FEWEST,
+    clock: Callable[[], float] | None = None,
 ) -> npt.NDArray[np.float64]:
     """Times every contestant once a round, all on the same input, in an order that changes between rounds.
 
@@ -55,6 +56,8 @@ def interleave(
         rounds: how many; None takes as many as `min_time` seconds a contestant allow, `fewest` to 200.
         min_time: see `rounds`.
         fewest: see `rounds`.
+        clock: in seconds; None: `time.perf_counter`. `time.thread_time` leaves out what the machine does besides, where
+            a run is the work of the calling thread alone.
 
     Returns:
         Seconds ``[rounds, contestants]``.
@@ -69,7 +72,8 @@ def interleave(
     try:
         for number in range(rounds):
             for index in _order(len(contestants), number % inputs + number // inputs):
-                times[number, index] = _time(contestants[index], number % inputs, (number + lead_in) % inputs)
+                before = (number + lead_in) % inputs
+                times[number, index] = _time(contestants[index], number % inputs, before, clock)
     finally:
         if collecting:
             gc.enable()
@@ -87,15 +91,21 @@ def _warm_up(contestant: Contestant, inputs: int) -> float:
     return min(_time(contestant, index % inputs) for index in range(inputs + 1))
 
 
-def _time(contestant: Contestant, index: int, before: int | None = None) -> float:
+def _time(
+    contestant: Contestant,
+    index: int,
+    before: int | None = None,
+    clock: Callable[[], float] | None = None,
+) -> float:
     """Seconds of input `index`; `before`, if another one, runs untimed directly before it."""
     if contestant.prepare is not None:
         contestant.prepare()
     if before is not None and before != index:
         contestant.run(before)
-    start = time.perf_counter()
+    clock = clock or time.perf_counter
+    start = clock()
     contestant.run(index)
-    elapsed = time.perf_counter() - start
+    elapsed = clock() - start
     if contestant.settle_s:
         time.sleep(contestant.settle_s)
     return elapsed

@@ -61,6 +61,7 @@ class ChosenWeights:
 
     def __init__(self, block: MoEBlock, emit: Emitter, names: Namespace, slots: ir.Value) -> None:
         self.block, self.emit, self.names, self.slots = block, emit, names, slots
+        self.domains: set[str] = set()
 
     def linear(self, role: str, rows: ir.Value) -> ir.Value:
         """``rows [S, in] -> [S, out]`` by one matrix of each slot's expert, with its bias. No matrix is turned."""
@@ -77,16 +78,16 @@ class ChosenWeights:
         return result if is_zero(bias) else emit.op("Add", result, self._chosen(bias))
 
     def drop_unused(self) -> None:
-        """Removes nodes that dequantize packed weights, and their constants, which nothing reads any more."""
+        """Removes packed weights, and the nodes that dequantize them, which nothing reads any more."""
         for value in self.block.weights.values():
             node = value.producer()
-            if node is None or node.op_type != "DequantizeLinear" or node.graph is None:
-                continue
             if value.uses() or value.is_graph_output():
                 continue
-            inputs = [item for item in node.inputs if item is not None]
-            node.graph.remove(node, safe=True)
-            for item in inputs:
+            held = [value]
+            if node is not None and node.op_type == "DequantizeLinear" and node.graph is not None:
+                held = [item for item in node.inputs if item is not None]
+                node.graph.remove(node, safe=True)
+            for item in held:
                 if isinstance(item.graph, ir.Graph) and not item.uses() and not item.is_graph_output():
                     item.graph.initializers.pop(item.name or "", None)
 

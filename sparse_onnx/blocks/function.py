@@ -12,6 +12,7 @@ from sparse_onnx.blocks.moe import is_neutral
 from sparse_onnx.blocks.spec import DOMAIN, DOMAIN_VERSION
 from sparse_onnx.blocks.thresholded import MIN_OPSET as THRESHOLDED_OPSET
 from sparse_onnx.blocks.thresholded import is_thresholded, thresholded_text
+from sparse_onnx.blocks.thresholded_experts import EXPERTS_OPSET, experts_text, is_of_experts
 from sparse_onnx.blocks.thresholded_gated import GATED_OPSET, gated_text, is_gated
 from sparse_onnx.core.errors import ModelError
 
@@ -22,14 +23,14 @@ def make_function(op: str, opset: int) -> ir.Function:
     """The definition of a neutral operator.
 
     Args:
-        op: ``MoE``, ``GatedMoE``, ``Combine``, ``ThresholdedLinear``, ``ThresholdedGatedMLP``, or one of the last two
-            with ``NBits`` behind it.
+        op: ``MoE``, ``GatedMoE``, ``Combine``, ``ThresholdedLinear``, ``ThresholdedGatedMLP``,
+            ``ThresholdedExpertLinear``, or one of the last three with ``NBits`` behind it.
         opset: the model's version of the default domain.
 
     Raises:
         ModelError: an opset that the body cannot be written in: below 18, of the n-bit layers below 21.
     """
-    oldest = (THRESHOLDED_OPSET | GATED_OPSET).get(op, MIN_OPSET)
+    oldest = (THRESHOLDED_OPSET | GATED_OPSET | EXPERTS_OPSET).get(op, MIN_OPSET)
     if opset < oldest:
         raise ModelError(
             f"opset {opset} is too old for {DOMAIN}::{op}, which needs {oldest}",
@@ -41,7 +42,8 @@ def make_function(op: str, opset: int) -> ir.Function:
         return ir.serde.deserialize_function(onnx.parser.parse_function(thresholded_text(op, opset)))
     if op in GATED_OPSET:
         return ir.serde.deserialize_function(onnx.parser.parse_function(gated_text(op, opset)))
-    function = ir.serde.deserialize_function(onnx.parser.parse_function(body_text(op, DOMAIN, opset)))
+    text = experts_text(op, opset) if op in EXPERTS_OPSET else body_text(op, DOMAIN, opset)
+    function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
     (loop,) = (node for node in function if node.op_type == "Loop")
     count, condition, _ = loop.attributes["body"].as_graph().inputs
     # The text format cannot say rank 0, and ORT refuses a Loop whose counter has no shape.
@@ -65,7 +67,7 @@ def attach_functions(model: ir.Model) -> bool:
     used: set[str] = set()
     for scope in scopes:
         nodes = ir.traversal.RecursiveGraphIterator(scope)
-        neutral = (is_neutral, is_combine, is_thresholded, is_gated)
+        neutral = (is_neutral, is_combine, is_thresholded, is_gated, is_of_experts)
         found = {node.op_type for node in nodes if any(kind(node) for kind in neutral)}
         if found:
             holders.append(scope)

@@ -91,7 +91,7 @@ class Lowering(Pass):
     opset: ClassVar[int] = 18
     """Oldest opset of the default domain that the form can be written in."""
     skips_inputs: ClassVar[bool] = False
-    """Whether experts have layers of their own, which thresholds can act on."""
+    """Whether thresholds can act on the experts' layers."""
 
     def call(self, model: ir.Model) -> Outcome:
         version = model.opset_imports.get("", 0)
@@ -106,7 +106,10 @@ class Lowering(Pass):
             own = dataclasses.replace(self, **parse_options(type(self), dict(form.options)))
             problem = _common_problem(block, version, self.opset)
             if problem is None and marked(node) and not self.skips_inputs:
-                problem = "thresholds act on experts' own layers, and it has none", "take grouped or branched"
+                problem = (
+                    "thresholds act on experts' layers, which it has none of",
+                    "take grouped, branched or gathered",
+                )
             problem = problem or own.problem(block, version)
             if problem is not None:
                 text, hint = problem

@@ -16,6 +16,7 @@ from sparse_onnx.blocks.spec import (
     input_names,
 )
 from sparse_onnx.blocks.thresholded import thresholded_schemas
+from sparse_onnx.blocks.thresholded_experts import experts_schemas
 from sparse_onnx.blocks.thresholded_gated import gated_schemas
 
 _FLOATS = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)"]
@@ -75,7 +76,7 @@ def register_schemas() -> None:
             onnx.defs.register_schema(_schema(op))
     if not onnx.defs.has(COMBINE, DOMAIN):
         onnx.defs.register_schema(combine_schema())
-    for schema in (*thresholded_schemas(), *gated_schemas()):
+    for schema in (*thresholded_schemas(), *gated_schemas(), *experts_schemas()):
         if not onnx.defs.has(schema.name, DOMAIN):
             onnx.defs.register_schema(schema)
 

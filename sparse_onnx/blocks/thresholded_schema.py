@@ -25,7 +25,7 @@ def layer_schema(
     Args:
         op: its name.
         formula: what it computes.
-        inputs: T are numbers; the last one is the bias ``[N]``.
+        inputs: T are numbers; the last one is the bias ``[..., N]``.
         tokens: place of the input ``[..., K]`` whose leading axes Y has.
         attributes: see above.
     """
@@ -51,8 +51,8 @@ def layer_schema(
             for source in x.tensor_type.shape.dim[:-1]:
                 result.tensor_type.shape.dim.add().CopyFrom(source)
             last = result.tensor_type.shape.dim.add()
-            if bias is not None and len(bias.tensor_type.shape.dim) == 1:
-                last.CopyFrom(bias.tensor_type.shape.dim[0])
+            if bias is not None and bias.tensor_type.shape.dim:
+                last.CopyFrom(bias.tensor_type.shape.dim[-1])
         context.set_output_type(0, result)
 
     schema.set_type_and_shape_inference_function(infer)

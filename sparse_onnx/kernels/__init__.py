@@ -7,6 +7,6 @@ A model that uses them runs everywhere, by the bodies of its functions; with the
     session = onnxruntime.InferenceSession("model.onnx", options)
 """
 
-from sparse_onnx.kernels.build import build, path, register_kernels
+from sparse_onnx.kernels.build import build, is_built, path, register_kernels
 
-__all__ = ["build", "path", "register_kernels"]
+__all__ = ["build", "is_built", "path", "register_kernels"]

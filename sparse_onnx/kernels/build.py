@@ -33,7 +33,7 @@ WEIGHTS_ENTRY = "sparse_onnx.weights"
 _SOURCES = Path(__file__).parent / "native"
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-w")
 #: Compiled once, not once a level.
-_ONCE = ("dispatch", "call", "product", "gated", "thresholded", "held", "register")
+_ONCE = ("dispatch", "call", "product", "gated", "thresholded", "expert_linear", "held", "register")
 _LEVELS: dict[str, tuple[str, ...]] = {"base": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
     _LEVELS |= {
@@ -60,6 +60,15 @@ def path() -> Path:
             where=str(found) if given else "",
         )
     return found
+
+
+def is_built() -> bool:
+    """Whether there is a library to register."""
+    try:
+        path()
+    except UsageError:
+        return False
+    return True
 
 
 def build(*, force: bool = False, progress: Callable[[str], None] | None = None) -> Path:

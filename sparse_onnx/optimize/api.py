@@ -193,17 +193,11 @@ def optimize(
                 found = fitting.chosen(report.fitting)
                 report.notes += fitting.described(report.fitting, profile)
             if tune or measured is not None:
-                report.tuning, measured_forms = tuned(
-                    model,
-                    profile,
-                    planned,
-                    tune,
-                    measured,
-                    tokens,
-                    threads or machine.cores(),
-                    folder,
-                    progress,
-                )
+                asked_threads = threads or machine.cores()
+                with contextlib.nullcontext() if skips is None else skips.turned(model):
+                    report.tuning, measured_forms = tuned(
+                        model, profile, planned, tune, measured, tokens, asked_threads, folder, progress
+                    )
                 found = found | measured_forms
             report.notes += choose(model, profile, asked, found)
         checks.before(phase, model)

@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from sparse_onnx.blocks import CombineBlock, MoEBlock, neutral_blocks
+from sparse_onnx.blocks.expert_thresholds import marked
 from sparse_onnx.blocks.lowered import lowered_blocks
 from sparse_onnx.blocks.lowering import ACTIVATIONS_KEY, Form, want
 from sparse_onnx.blocks.moe import is_zero
@@ -69,6 +70,8 @@ def _facts(block: MoEBlock | CombineBlock) -> dict[str, object]:
     }
     if isinstance(block, CombineBlock):
         return facts | {"bodies": sorted({node.op_type for node in block.nodes})}
+    marks = {role: [mark.mode, mark.top_k] for role, mark in marked(block.node).items()}
+    facts |= {"thresholds": marks} if marks else {}
     stored = {}
     for role in block.spec.roles:
         weight = Quantized.of(block.weights[role])

@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from sparse_onnx.blocks.spec import DOMAIN
 from sparse_onnx.blocks.thresholded import LINEAR, N_BITS
+from sparse_onnx.blocks.thresholded_experts import EXPERTS, EXPERTS_N_BITS
 from sparse_onnx.blocks.thresholded_gated import GATED, GATED_N_BITS
 
 #: Inputs that kernels pack, where they are constant.
@@ -36,6 +37,8 @@ _PACKED = {
     ("com.microsoft", "QMoE"): (2, 5),
     (DOMAIN, LINEAR): (1,),
     (DOMAIN, N_BITS): (1, 2, 3),
+    (DOMAIN, EXPERTS): (2, 5),
+    (DOMAIN, EXPERTS_N_BITS): (2, 3, 4, 7),
     (DOMAIN, GATED): (2, 4),
     (DOMAIN, GATED_N_BITS): (2, 3, 4, 6, 7, 8),
 }

@@ -6,8 +6,9 @@ centre and all layers stay as they are; the finished model is measured on the ot
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import onnx_ir as ir
 
 from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError, UsageError, VerificationError
 from sparse_onnx.core.report import QualityRecord, ThresholdsRecord
-from sparse_onnx.kernels import path as kernel_path
+from sparse_onnx.kernels import is_built
 from sparse_onnx.optimize.copies import check_copies
 from sparse_onnx.optimize.evaluation import evaluation_runs
 from sparse_onnx.optimize.kept_weights import compare_weights
@@ -206,7 +207,7 @@ class Thresholds:
             self.say("comparing the layers for many rows with numpy")
             assert self.before is not None
             found = check_copies(
-                model, self.before, record.level_input, plan.level, kernels=_built(), threads=self.threads
+                model, self.before, record.level_input, plan.level, kernels=is_built(), threads=self.threads
             )
             notes.append(found + ("; quality was measured as if all rows skipped" if self.evaluation else ""))
         if plan.mode == "simulate":
@@ -219,6 +220,19 @@ class Thresholds:
                 "without them right, and not faster"
             )
         return thresholds_record(self.asked, model, plan, record.level_input, seen, self.quality), notes
+
+    @contextlib.contextmanager
+    def turned(self, model: ir.Model) -> Iterator[None]:
+        """The model, otherwise at level 0, at the level that it will run at: for whoever measures forms."""
+        record = thresholds_of(model)
+        if record is None or self.plan is None:
+            yield
+            return
+        set_level(model, record.level_input, self.plan.level)
+        try:
+            yield
+        finally:
+            set_level(model, record.level_input, 0)
 
     def set(self, model: ir.Model) -> None:
         """Sets the finished model to its level, and keeps dense what is to stay so."""
@@ -235,7 +249,7 @@ class Thresholds:
         self.say("comparing each thresholded layer with numpy")
         runs = self.evaluation[:1] + [sized_inputs(model, 1, size, seed=size) for size in (1, 6)]
         reached, worst = 0, 0.0
-        for kernels in (False, True) if _built() and self.asked.mode == "native" else (False,):
+        for kernels in (False, True) if is_built() and self.asked.mode == "native" else (False,):
             count, error = check_layers(
                 model, level_input, level, runs, kernels=kernels, threads=self.threads
             )
@@ -243,7 +257,9 @@ class Thresholds:
         watched = [item for item in acting(model) if not item.inner]
         missed = len(acting(model)) - reached
         how = (
-            "native kernels and function bodies" if _built() and self.asked.mode == "native" else "the model"
+            "native kernels and function bodies"
+            if is_built() and self.asked.mode == "native"
+            else "the model"
         )
         error_of = f"{how}, largest relative error {worst:.1e}"
         text = f"{reached} thresholded layers agree with numpy at level {level} ({error_of})"
@@ -299,11 +315,3 @@ def _safely(budget: Budget, found: Measured) -> bool:
 
 def _same(left: np.ndarray, right: np.ndarray) -> bool:
     return left.shape == right.shape and difference(left, right).within
-
-
-def _built() -> bool:
-    try:
-        kernel_path()
-    except UsageError:
-        return False
-    return True

@@ -26,6 +26,7 @@ from sparse_onnx.blocks import neutral_blocks
 from sparse_onnx.blocks.lowering import Form
 from sparse_onnx.core.errors import SparseOnnxError
 from sparse_onnx.core.report import TuningRecord, TuningRow
+from sparse_onnx.kernels import is_built
 from sparse_onnx.optimize.candidates import Alone, Kind, NotBuilt, build, kinds
 from sparse_onnx.optimize.choose import stored_bits
 from sparse_onnx.optimize.runner import Planned
@@ -39,6 +40,9 @@ _WORTH = 0.97
 #: Of the cache that is emptied: caches of servers are shared, and a machine of one tenant has not all of it.
 _MOST_CACHE = 512 << 20
 
+
+#: Whatever the weights are stored as: with thresholds one operator has all experts of a layer, and gathers nothing.
+_OF_ALL = Form("gathered")
 
 #: Bytes that a form may make for one run: with more it is no candidate, and measuring it could end the process.
 _LARGEST_WORK = 2 << 30
@@ -128,12 +132,14 @@ class _Tuner:
     ) -> None:
         self.model, self.profile, self.planned = model, profile, planned
         self.tokens, self.threads, self.folder, self.progress = tokens, threads, folder, progress
-        self.cold = _Eviction()
+        self.cold = Eviction()
 
     def tune(self, kind: Kind) -> Measurement:
         block = next(each for each in neutral_blocks(self.model) if each.name == kind.names[0])
         bits = str(stored_bits(block))
         candidates = [Form.parse(text) for text in self.profile.candidates.get(bits, ())]
+        if "thresholds" in kind.facts and _OF_ALL.name in self.profile.form_names:
+            candidates += [] if _OF_ALL in candidates else [_OF_ALL]
         default = Form.parse(self.profile.forms[0])
         left_out: dict[str, str] = {}
         base = self._build(kind, default, "default", left_out)
@@ -185,7 +191,8 @@ class _Tuner:
 
     def _race(self, kind: Kind, first: Alone, second: Alone, seed: int) -> dict[int, Any]:
         """Seconds ``[rounds, 2]`` by token count."""
-        sessions = [contestants.create(each.path, self.threads) for each in (first, second)]
+        kernels = "thresholds" in kind.facts and is_built()
+        sessions = [contestants.create(each.path, self.threads, kernels) for each in (first, second)]
         results = {}
         for count in self.tokens:
             feeds = [draw_feeds(kind, count, first.row, seed + number) for number in range(_INPUTS)]
@@ -224,7 +231,7 @@ class _Times:
         return math.exp(float(np.mean([math.log(ratio) for ratio in self.ratios[form].values()])))
 
 
-class _Eviction:
+class Eviction:
     """Reads as much memory as the caches hold."""
 
     def __init__(self) -> None:
@@ -238,7 +245,7 @@ def working_bytes(kind: Kind, form: Form, tokens: int) -> int:
     """Roughly what a run makes beside the tokens' own rows: copies of weights, or rows of every expert."""
     sizes = (kind.facts.get(name) for name in ("experts", "top_k", "hidden", "inner"))
     experts, top_k, hidden, inner = (size if isinstance(size, int) else 0 for size in sizes)
-    if form.name == "gathered":
+    if form.name == "gathered" and "thresholds" not in kind.facts:
         return 4 * tokens * top_k * 3 * inner * hidden
     if form.name == "dense":
         return 4 * tokens * experts * (3 * inner + hidden)

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.blocks.thresholded import is_thresholded, thresholded_reference
+from sparse_onnx.blocks.thresholded import is_thresholded
 from sparse_onnx.graph.build import Emitter, Namespace
 from sparse_onnx.graph.external import read_array
 from sparse_onnx.matching.layers import layer
 from sparse_onnx.matching.values import attribute
-from sparse_onnx.optimize.watched_gated import COARSE, gated_error, judged, stored_numbers
+from sparse_onnx.optimize.watched_experts import experts_error, index_of
+from sparse_onnx.optimize.watched_gated import gated_error, judged, layer_gap, stored_numbers
 from sparse_onnx.sparsify.prefill import COPY_KEY, MOST_ROWS, thresholded_of
 from sparse_onnx.sparsify.record import Acting, acting
 from sparse_onnx.targets import session as sessions
@@ -184,7 +185,10 @@ def check_layers(
     items = [item for item in acting(model) if not item.inner]
     copy = model.clone()
     values = values_of(copy)
-    read = (name for item in items for name in (item.input, item.bound, item.layer, item.rows))
+    index = {item.layer: index_of(item, values) for item in items}
+    read = (
+        name for item in items for name in (item.input, item.bound, item.layer, item.rows, index[item.layer])
+    )
     wanted = dict.fromkeys(name for name in read if name)
     wanted_values = [values[name] for name in wanted if not values[name].is_graph_output()]
     copy.graph.outputs.extend(value for value in wanted_values if not value.is_initializer())
@@ -202,6 +206,9 @@ def check_layers(
             if item.rows:
                 rows = _seen(item.rows, seen, feeds, values)
                 worst = max(worst, gated_error(item, values, x, rows, y, bound))
+            elif index[item.layer]:
+                experts = _seen(index[item.layer], seen, feeds, values)
+                worst = max(worst, experts_error(item, values, x, experts, y, bound))
             else:
                 worst = max(worst, _error(item, values, x, y, bound))
     return len(reached), worst
@@ -226,14 +233,8 @@ def _error(
     node = values[item.layer].producer()
     if node is not None and COPY_KEY in node.metadata_props and x.size > MOST_ROWS * weight.shape[0]:
         bound = np.full(1, -1, bound.dtype)  # as many rows skip nothing
-    expected = thresholded_reference(x, weight, bound, centre, folded)
+    expected, gap = layer_gap(x, y, weight, bound, centre, folded)
     scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0)) or 1.0
-    gap = np.abs(y.astype(np.float64) - expected) if y.shape == expected.shape else np.zeros(1)
-    name = x.dtype.name
-    if name in COARSE:  # a distance that the body rounds may come to lie on the other side of the threshold
-        distance = np.abs(x.astype(np.float32) - centre.astype(np.float32))
-        near = np.abs(distance - bound.astype(np.float32)) <= COARSE[name] * np.maximum(distance, 1e-6)
-        gap = gap - np.where(near, distance, 0).astype(np.float64) @ np.abs(weight).astype(np.float64)
     return judged(item, y, expected, gap / scale)
 
 

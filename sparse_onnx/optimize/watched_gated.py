@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparse_onnx.blocks.quantized import Quantized
+from sparse_onnx.blocks.thresholded import thresholded_reference
 from sparse_onnx.blocks.thresholded_gated import GATED, gated_reference, is_gated
 from sparse_onnx.core.errors import VerificationError
 from sparse_onnx.graph.external import read_array
@@ -63,6 +64,25 @@ def gated_error(
         near = np.abs(size - bound.astype(np.float32)) <= COARSE[name] * np.maximum(size, 1e-6)
         gap = gap - np.where(near, np.abs(units), 0) @ np.abs(down.astype(np.float64))
     return judged(item, y, expected, gap / scale)
+
+
+def layer_gap(
+    x: np.ndarray,
+    y: np.ndarray,
+    weight: np.ndarray,
+    bound: np.ndarray,
+    centre: np.ndarray,
+    folded: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a layer that skips inputs must give, ``[..., N]``, and how far off `y` is beyond what its type excuses."""
+    expected = thresholded_reference(x, weight, bound, centre, folded)
+    gap = np.abs(y.astype(np.float64) - expected) if y.shape == expected.shape else np.zeros(1)
+    name = x.dtype.name
+    if name in COARSE:  # a distance that the body rounds may come to lie on the other side of the threshold
+        distance = np.abs(x.astype(np.float32) - centre.astype(np.float32))
+        near = np.abs(distance - bound.astype(np.float32)) <= COARSE[name] * np.maximum(distance, 1e-6)
+        gap = gap - np.where(near, distance, 0).astype(np.float64) @ np.abs(weight).astype(np.float64)
+    return expected, gap
 
 
 def judged(item: Acting, y: np.ndarray, expected: np.ndarray, gap: np.ndarray) -> float:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from sparse_onnx.blocks.spec import DOMAIN
 from sparse_onnx.blocks.thresholded import LINEAR, N_BITS
+from sparse_onnx.blocks.thresholded_experts import EXPERTS, EXPERTS_N_BITS
 from sparse_onnx.blocks.thresholded_gated import GATED, GATED_N_BITS
 from sparse_onnx.core.errors import ImpossibleError, UsageError
 from sparse_onnx.graph import files, genai, io
@@ -112,7 +113,7 @@ def session_entries(model: ir.Model, profile: TargetProfile) -> dict[str, str]:
 
 def copy_kernels(model: ir.Model, folder: Path, notes: list[str]) -> Kernels | None:
     """The native library, where the model has operators that it runs and it was built here."""
-    if not _has(model, LINEAR, N_BITS, GATED, GATED_N_BITS):
+    if not _has(model, LINEAR, N_BITS, GATED, GATED_N_BITS, EXPERTS, EXPERTS_N_BITS):
         return None
     from sparse_onnx import kernels
 

@@ -92,3 +92,9 @@ def test_the_ratio_is_the_median_of_the_rounds_ratios() -> None:
     assert (first.ratio_to_first, second.ratio_to_first) == (1, 3)
     assert (second.model, second.tokens, second.median_ms) == ("b", 7, 12_000)
     assert first.p10_ms < first.median_ms < first.p90_ms
+
+
+def test_another_clock() -> None:
+    ticks = itertools.count()
+    times = interleave(logged("ab")[0], 2, rounds=3, clock=lambda: float(next(ticks)))
+    assert (times == 1).all() and next(ticks) == 12, "twice for each timed run, and for no other"

@@ -101,6 +101,27 @@ def thresholded_branch(local: bool) -> tuple[list, dict]:
     return nodes, weights
 
 
+def thresholded_experts(stored: str | None) -> tuple[list, dict]:
+    """A layer of 8 experts, of which one alone gets rows; of integers with scales of 8 inputs."""
+    rng = np.random.default_rng(5)
+    own = {"w": noise((8, K, K))}
+    op, attributes = "ThresholdedExpertLinear", {}
+    if stored is not None:
+        own = {"w": rng.integers(-128, 127, (8, K, K), dtype=np.int8)}
+        own["s"] = rng.uniform(0.5, 1, (8, K // 8, K)).astype("f") / 999
+        own["z"] = np.zeros((8, K // 8, K), np.int8)
+        op, attributes = "ThresholdedExpertLinearNBits", {"axis": 1, "block_size": 8}
+    zero = helper.make_tensor("zero", TensorProto.INT64, [1], [0])
+    nodes = [
+        helper.make_node("Shape", ["x"], ["rows"], start=0, end=1),
+        helper.make_node("ConstantOfShape", ["rows"], ["index"], value=zero),
+        helper.make_node(
+            op, ["x", "index", *own, "tau", "tau", "bias"], ["y"], domain="sparse_onnx", **attributes
+        ),
+    ]
+    return nodes, {**own, "tau": np.zeros(1, "f"), "bias": np.zeros((8, K), "f")}
+
+
 def dynamic() -> tuple[list, dict]:
     rng = np.random.default_rng(0)
     nodes, weights, last = [], {}, "x"
@@ -270,6 +291,8 @@ def test_the_graph_tells_what_a_session_holds(name: str, tmp_path: Path) -> None
 THRESHOLDED = {
     "floats": (lambda: thresholded(None), 8 * MATRIX),
     "integers": (lambda: thresholded("int8"), 8 * (K * K + 5 * K * K // 8)),
+    "experts": (lambda: thresholded_experts(None), 8 * MATRIX),
+    "experts of integers": (lambda: thresholded_experts("int8"), 8 * (K * K + 5 * K * K // 8)),
     "branch": (lambda: thresholded_branch(False), MATRIX),
     "branch with its own": (lambda: thresholded_branch(True), MATRIX),
 }

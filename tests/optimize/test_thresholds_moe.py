@@ -77,7 +77,7 @@ def test_quantized_experts_skip_too(folder: Path, bits: str) -> None:
 def test_a_form_of_one_operator_gives_way(folder: Path) -> None:
     report = optimized(folder, sparsity=0.4, form="fused")
     assert {block.form for block in report.blocks} == {"grouped"}
-    assert any("experts' own layers" in refusal.reason for refusal in report.refusals)
+    assert any("experts' layers" in refusal.reason for refusal in report.refusals)
     assert len(report.thresholds.sites) == 4
 
 
@@ -86,3 +86,36 @@ def test_branches_are_not_watched_and_the_report_says_so(folder: Path) -> None:
     assert all(site.measured is None for site in report.thresholds.sites)
     assert not report.thresholds.measured, "what is expected is not called measured"
     assert any("were not reached" in note for note in report.notes) and report.verify.passed
+
+
+@pytest.mark.parametrize("bits", [None, "int4", "int8"])
+@pytest.mark.parametrize("method", ["whole", "blocks"])
+def test_experts_by_one_operator(
+    folder: Path, kernels: Path, monkeypatch: pytest.MonkeyPatch, method: str, bits: str | None
+) -> None:
+    if method == "blocks":
+        monkeypatch.setattr("sparse_onnx.verify.lowering.WHOLE_BYTES", 0)
+        monkeypatch.setattr("sparse_onnx.verify.lowering.GROUP_BYTES", 40_000)
+        monkeypatch.setattr("sparse_onnx.optimize.checks._fits", lambda model: False)
+    report = optimized(folder, sparsity=0.4, form="gathered", quantize=bits)
+    apart = optimized(folder, sparsity=0.4, form="grouped", quantize=bits)
+    assert report.verify.method == method and report.verify.passed
+    assert {block.form for block in report.blocks} == {"gathered"}
+    found = report.thresholds
+    assert found.share_skipped == pytest.approx(0.4, abs=0.03)
+    assert (found.bytes, found.bytes_skipped) == (apart.thresholds.bytes, apart.thresholds.bytes_skipped)
+    assert all(site.measured is not None for site in found.sites)
+    assert any("4 thresholded layers agree with numpy" in note for note in report.notes)
+
+
+def test_a_budget_is_searched_for_and_kept(folder: Path) -> None:
+    report = optimized(folder, budget="cosine>=0.97", form="gathered")
+    assert {block.form for block in report.blocks} == {"gathered"}
+    [quality] = [each for each in report.thresholds.quality if each.budget is not None]
+    assert quality.kept and quality.value >= 0.97 and report.thresholds.share_skipped > 0.2
+
+
+def test_units_behind_a_gate_give_way_to_layers_of_their_own(folder: Path) -> None:
+    report = optimized(folder, sparsity=0.2, method="cats", form="gathered")
+    assert {block.form for block in report.blocks} == {"grouped"}
+    assert any("behind a gate" in refusal.reason for refusal in report.refusals)

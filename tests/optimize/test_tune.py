@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -201,3 +202,58 @@ def test_really_measured(source: Path, tmp_path: Path, small_caches: None) -> No
     assert told >= set(targets.get("cpu").candidates["0"])
     assert all(row.ratio_to_default > 0 for row in report.tuning.rows)
     assert report.verify is not None and report.verify.passed
+
+
+def test_with_thresholds_all_experts_by_one_operator_compete(
+    tmp_path: Path, timed, kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = Shape(experts=6, hidden=32, inner=48, biases=True)
+    source = save_external(layered_model(shape), tmp_path / "in.onnx")
+    x = np.random.default_rng(0).standard_normal((2000, 32)).astype(np.float32)
+    np.savez(tmp_path / "train.npz", x=x)
+    sparse_onnx.calibrate(source, tmp_path / "train.npz", tmp_path / "calib.json", threads=1)
+    created = []
+    real = tuner.contestants.create
+    monkeypatch.setattr(tuner.contestants, "create", lambda *given: created.append(given[2]) or real(*given))
+    monkeypatch.setattr(tuner, "_LARGEST_WORK", 4 * 9 * 2 * 3 * 48 * 32 - 1)  # it gathers no weights
+    timed(["fused", "dense"], 0.6, 0.7)
+    file = tmp_path / "t.json"
+    options = {"thresholds": tmp_path / "calib.json", "sparsity": 0.4}
+    report = sparse_onnx.optimize(
+        source, tmp_path / "out.onnx", tune=True, tokens=(9,), tuning=file, **options
+    )
+    assert {block.form for block in report.blocks} == {"gathered"} and created and all(created)
+    assert report.tuning is not None and {row.form for row in report.tuning.rows} == {"grouped", "gathered"}
+    assert report.thresholds is not None and report.thresholds.level == 40
+    again = sparse_onnx.optimize(source, tmp_path / "out.onnx", tuning=file, **options)
+    assert {block.form for block in again.blocks} == {"gathered"}
+    with pytest.raises(UsageError, match="no measurement of blocks"):  # without thresholds it is another kind
+        sparse_onnx.optimize(source, tmp_path / "out.onnx", tuning=file)
+
+
+def test_forms_are_measured_at_the_level_that_the_model_will_run_at(
+    tmp_path: Path, timed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_external(layered_model(dataclasses.replace(SHAPE, biases=True)), tmp_path / "in.onnx")
+    x = np.random.default_rng(0).standard_normal((500, 32)).astype(np.float32)
+    np.savez(tmp_path / "train.npz", x=x)
+    sparse_onnx.calibrate(source, tmp_path / "train.npz", tmp_path / "calib.json", threads=1)
+    levels = []
+    real = tuner.build
+
+    def watched(model, *given):
+        levels.append(int(model.graph.initializers["sparsity_level"].const_value.numpy()))
+        return real(model, *given)
+
+    monkeypatch.setattr(tuner, "build", watched)
+    timed([], 2.0)
+    report = sparse_onnx.optimize(
+        source,
+        tmp_path / "out.onnx",
+        tune=True,
+        tokens=(1,),
+        thresholds=tmp_path / "calib.json",
+        sparsity=0.3,
+    )
+    assert report.verify is not None and report.verify.passed, "at level 0 it is what it was"
+    assert report.thresholds is not None and set(levels) == {report.thresholds.level}

@@ -48,11 +48,13 @@ struct Inputs {
 
 void* output(ort::KernelContext* context, const std::vector<int64_t>& shape);
 
-// work(0) .. work(count - 1), on the threads of the session.
+// work(0) .. work(count - 1), on the threads of the session; without a context on this one, as within other work.
 template <class F>
 void parallel(ort::KernelContext* context, int64_t count, const F& work) {
-  if (count == 1) return work(0);
-  if (count < 1) return;
+  if (count <= 1 || !context) {
+    for (int64_t at = 0; at < count; ++at) work(at);
+    return;
+  }
   struct Shared {
     const F& work;
     std::atomic<bool> failed;

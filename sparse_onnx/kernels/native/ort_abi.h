@@ -47,7 +47,7 @@ enum Place : size_t {
 
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
 
-enum ElementType { kFloat = 1, kUInt8 = 2, kInt8 = 3, kFloat16 = 10, kBFloat16 = 16, kUInt4 = 21, kInt4 = 22 };
+enum ElementType { kFloat = 1, kUInt8 = 2, kInt8 = 3, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16, kUInt4 = 21, kInt4 = 22 };
 
 enum Characteristic { kRequired = 0 };
 enum MemoryType { kDefaultMemory = 0 };

@@ -61,7 +61,7 @@ Bounds::Bounds(Type type, const Tensor& tau_tensor, const Tensor& centre_tensor,
 
 void product(ort::KernelContext* context, const Weights& w, const Kept& kept, const float* bias, float* y) {
   const Level& best = level();
-  const int64_t most = parts_of(w, kept.count);
+  const int64_t most = context ? parts_of(w, kept.count) : 1;
   // The sums of all parts but one are written and read again: 8 bytes a column, of which rows read 20 times as many.
   const int64_t worth = 1 + kept.count * bits(w.type) / (8 * 8 * 20);
   const int64_t by_rows = std::min({most, kept.count / kLeastRows, worth});

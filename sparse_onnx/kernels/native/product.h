@@ -42,7 +42,7 @@ struct Bounds {
 // Parts that so many rows of weights are worth, each for a thread.
 int64_t parts_of(const Weights&, int64_t rows);
 
-// y [tokens, N] = S(x - centre) W + bias: x [tokens, K], bias [N].
+// y [tokens, N] = S(x - centre) W + bias: x [tokens, K], bias [N]. Without a context this thread computes all of it.
 void product(ort::KernelContext*, const Weights&, const float* x, int64_t tokens, const Rule&, const float* bias, float* y);
 
 // The same of one row whose inputs were chosen already.

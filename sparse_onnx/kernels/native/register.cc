@@ -75,7 +75,7 @@ Operator make(const Signature& is, Type type, Type weight_type, bool holds) {
   op.GetExecutionProviderType = [](const ort::CustomOp*) { return "CPUExecutionProvider"; };
   op.GetInputTypeCount = [](const ort::CustomOp* op) { return own(op).is->inputs; };
   op.GetInputType = [](const ort::CustomOp* op, size_t index) {
-    return element(own(op).of(index));
+    return index == own(op).is->index ? ort::kInt64 : element(own(op).of(index));
   };
   op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
   op.GetOutputType = [](const ort::CustomOp* op, size_t) { return element(own(op).type); };
@@ -89,7 +89,8 @@ Operator make(const Signature& is, Type type, Type weight_type, bool holds) {
     return guarded([&] {
       const Operator& is = own(op);
       std::unique_ptr<Kernel> made(new Kernel{is, Copies(is.is->inputs)});
-      for (size_t at = 0; is.holds && at < made->copies.size(); ++at) made->copies[at] = copy(info, at, is.of(at));
+      for (size_t at = 0; is.holds && at < made->copies.size(); ++at)
+        if (at != is.is->index) made->copies[at] = copy(info, at, is.of(at));
       *kernel = made.release();
     });
   };
@@ -135,8 +136,8 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
     for (bool holds : {false, true}) {
       std::vector<Operator>& all = operators[holds];
       for (Type type : {Type::F32, Type::F16, Type::BF16}) {
-        for (const Signature* is : {&kLinear, &kGatedMLP}) all.push_back(make(*is, type, type, holds));
-        for (const Signature* is : {&kLinearNBits, &kGatedMLPNBits})
+        for (const Signature* is : {&kLinear, &kGatedMLP, &kExpertLinear}) all.push_back(make(*is, type, type, holds));
+        for (const Signature* is : {&kLinearNBits, &kGatedMLPNBits, &kExpertLinearNBits})
           for (Type weight : {Type::I8, Type::U8, Type::I4, Type::U4}) all.push_back(make(*is, type, weight, holds));
       }
       if (ort::Status* status = ort::entry<ort::Status*(const char*, ort::CustomOpDomain**)>(
