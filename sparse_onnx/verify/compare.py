@@ -29,13 +29,15 @@ _CHUNK = 1 << 19
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """`max_rel` is the largest absolute error over the scale of its row; `compared` counts elements."""
+    """`max_rel` is the largest absolute error over the scale of its row; `compared` counts elements; `scale` is the
+    median of the scales of the reference's rows that have one, 0 where none has."""
 
     max_abs: float
     max_rel: float
     within: bool
     reason: str = ""
     compared: int = 0
+    scale: float = 0.0
 
     @staticmethod
     def none() -> Difference:
@@ -49,11 +51,16 @@ class Difference:
             self.within and other.within,
             self.reason or other.reason,
             self.compared + other.compared,
+            max(self.scale, other.scale),
         )
 
 
 def difference(
-    expected: np.ndarray, actual: np.ndarray, tolerance: float | None = None, keep: np.ndarray | None = None
+    expected: np.ndarray,
+    actual: np.ndarray,
+    tolerance: float | None = None,
+    keep: np.ndarray | None = None,
+    usual: float = 0.0,
 ) -> Difference:
     """Compares two arrays of the same model output.
 
@@ -65,6 +72,8 @@ def difference(
         actual: what is judged.
         tolerance: accepted `max_rel`; None takes `TOLERANCES` of the coarser of the two types.
         keep: boolean mask over the leading axes: which tokens are compared; None compares all.
+        usual: `scale` of the same output in other runs, for one in which the reference is zero throughout: a sum that
+            rounds is not exactly zero then.
     """
     if expected.shape != actual.shape:
         return Difference(math.inf, math.inf, False, f"shape {actual.shape} instead of {expected.shape}")
@@ -88,20 +97,21 @@ def difference(
         scales[rows] = _scales(a, b)
     known = scales[scales > 0]
     part = 1.0 if width < _NARROW else min(1.0, max(1e-2, 4 * _EPSILON[coarser] / max(tolerance, 1e-300)))
-    floor = part * float(np.median(known)) if known.size else 0.0
+    scale = float(np.median(known)) if known.size else 0.0
+    floor = part * (scale or usual)
     error, relative, compared = 0.0, 0.0, 0
     for rows, a, b in _chunks(left, right):
         finite = np.isfinite(a)
         compared += int(finite.sum())
         gap = np.where(finite, np.abs(np.where(finite, a - b, 0)), 0)
         error = max(error, float(gap.max()))
-        scale = np.broadcast_to(np.maximum(scales[rows], floor)[:, None], a.shape)
-        scale = np.where(np.abs(a) >= _HUGE, np.abs(a), scale)
+        own = np.broadcast_to(np.maximum(scales[rows], floor)[:, None], a.shape)
+        own = np.where(np.abs(a) >= _HUGE, np.abs(a), own)
         with np.errstate(divide="ignore", invalid="ignore"):
-            relative = max(relative, float(np.where(gap > 0, gap / scale, 0).max()))
+            relative = max(relative, float(np.where(gap > 0, gap / own, 0).max()))
     within = relative <= tolerance
     reason = "" if within else f"relative error {relative:.2g} > {tolerance:.2g}"
-    return Difference(error, relative, within, reason, compared)
+    return Difference(error, relative, within, reason, compared, scale)
 
 
 def _chunks(left: np.ndarray, right: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:

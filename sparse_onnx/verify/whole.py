@@ -150,7 +150,7 @@ def compare_whole(
                 else:
                     verdict.fail(case, str(error))
                 break
-            found = _compare(expected, actual, tolerance)
+            found = _compare(expected, actual, tolerance, verdict.scales)
             if before and not all(each.within for each in found):
                 watched = watched or Observed(candidate, threads, provider, names[1], entries, near_tie)
                 mask, reason = _near_ties(expected, before, watched, feeds)
@@ -158,7 +158,7 @@ def compare_whole(
                     verdict.fail(case, reason)
                 if mask is not None:
                     left = mask if left is None else left | mask
-                    found = _compare(expected, actual, tolerance, ~mask)
+                    found = _compare(expected, actual, tolerance, verdict.scales, ~mask)
             verdict.add(case, expected, found)
         if not_run:  # its process may have ended with it; nothing comes behind this case
             break
@@ -230,6 +230,11 @@ class _Verdict:
                 self.reason = f"input {case.name}: {where}{each.reason}"
 
     @property
+    def scales(self) -> list[float]:
+        """Of each output, the largest over runs."""
+        return [each.scale for each in self.found]
+
+    @property
     def _blind(self) -> list[int]:
         return [
             index
@@ -261,17 +266,18 @@ def _compare(
     expected: Sequence[np.ndarray],
     actual: Sequence[np.ndarray],
     tolerance: float | None,
+    usual: Sequence[float],
     keep: np.ndarray | None = None,
 ) -> list[Difference]:
-    """One difference an output. `keep` is a mask over sequences, for outputs that have that axis first."""
+    """One difference an output. `usual` are their scales in other runs. `keep` is a mask over sequences, for outputs that have that axis first."""
     found = []
-    for left, right in zip(expected, actual, strict=True):
+    for left, right, scale in zip(expected, actual, usual, strict=True):
         if left.dtype != right.dtype:
             reason = f"type {right.dtype} instead of {left.dtype}"
             found.append(Difference(np.inf, np.inf, False, reason))
             continue
         mask = keep if keep is not None and left.ndim and left.shape[0] == len(keep) else None
-        found.append(difference(left, right, tolerance, mask))
+        found.append(difference(left, right, tolerance, mask, scale))
     return found
 
 

@@ -119,3 +119,23 @@ def test_units_behind_a_gate_give_way_to_layers_of_their_own(folder: Path) -> No
     report = optimized(folder, sparsity=0.2, method="cats", form="gathered")
     assert {block.form for block in report.blocks} == {"grouped"}
     assert any("behind a gate" in refusal.reason for refusal in report.refusals)
+
+
+def test_rows_of_zeros_in_a_model_without_biases(tmp_path: Path) -> None:
+    """Such a run gives zeros throughout, but for the rounding of centres that are not zero."""
+    shape = Shape(experts=6, hidden=32, inner=48)
+    save_external(layered_model(shape), tmp_path / "in.onnx")
+    x = np.random.default_rng(0).standard_normal((500, 32)).astype(np.float32)
+    np.savez(tmp_path / "train.npz", x=x)
+    sparse_onnx.calibrate(tmp_path / "in.onnx", tmp_path / "train.npz", tmp_path / "c.json", threads=1)
+    report = sparse_onnx.optimize(
+        tmp_path / "in.onnx",
+        tmp_path / "out.onnx",
+        thresholds=tmp_path / "c.json",
+        sparsity=0.3,
+        threads=1,
+    )
+    assert report.verify is not None and report.verify.passed and "6 tokens ties" in report.verify.inputs
+    feeds = {"x": np.zeros((6, 32), np.float32), LEVEL: np.array(0)}
+    rounding = sessions.run(sessions.create_session(tmp_path / "out.onnx"), feeds)[0]
+    assert 0 < np.abs(rounding).max() < 1e-6, "what the comparison has to stand"

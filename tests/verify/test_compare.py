@@ -100,3 +100,19 @@ def test_memory_stays_near_that_of_the_arrays() -> None:
         assert tracemalloc.get_traced_memory()[1] < 2.5 * expected.nbytes
     finally:
         tracemalloc.stop()
+
+
+def test_rounding_where_all_is_zero_is_no_error() -> None:
+    """A centre that is subtracted and added again leaves rounding in rows of zeros (thresholds at level 0)."""
+    zero = np.zeros((6, 32), np.float32)
+    assert not difference(zero, zero + np.float32(1e-8)).within, (
+        "nothing says how large the output usually is"
+    )
+    usual = difference(rows(), rows()).scale
+    assert 1 < usual < 4
+    assert difference(zero, zero + np.float32(1e-8), usual=usual).within
+    assert not difference(zero, zero + np.float32(1e-3), usual=usual).within
+    mixed = rows()
+    assert not difference(mixed, mixed + np.float32(1e-2), usual=1e9).within, (
+        "rows that have a scale keep theirs"
+    )
