@@ -269,7 +269,8 @@ def _compare(
     usual: Sequence[float],
     keep: np.ndarray | None = None,
 ) -> list[Difference]:
-    """One difference an output. `usual` are their scales in other runs. `keep` is a mask over sequences, for outputs that have that axis first."""
+    """One difference an output. `usual` are their scales in other runs; `keep` is a mask over sequences, for outputs
+    that have that axis first."""
     found = []
     for left, right, scale in zip(expected, actual, usual, strict=True):
         if left.dtype != right.dtype:
