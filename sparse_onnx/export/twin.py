@@ -15,7 +15,7 @@ import onnx_ir as ir
 from sparse_onnx.graph.external import FirstAxis, read_array, slice_first_axis
 from sparse_onnx.graph.slots import all_graphs, tensor_slots
 
-_HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 #: Attributes that name an element type.
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 
@@ -23,17 +23,17 @@ _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 def widen(model: ir.Model) -> None:
     """Makes the model compute in float32, in place. Weights are widened when they are read."""
     for slot in tensor_slots(model):
-        if slot.tensor.dtype in _HALF:
+        if slot.tensor.dtype in HALF:
             slot.replace(Widened(slot.tensor))
     for node in _nodes(model):
         for name in _TYPE_ATTRIBUTES:
             attribute = node.attributes.get(name)
             if attribute is None or attribute.is_ref() or attribute.type != ir.AttributeType.INT:
                 continue
-            if attribute.as_int() in _HALF:
+            if attribute.as_int() in HALF:
                 node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
     for value in _values(model):
-        if value.dtype in _HALF:
+        if value.dtype in HALF:
             value.dtype = ir.DataType.FLOAT
 
 

@@ -1,0 +1,155 @@
+"""A file in float16 or bfloat16 against torch.
+
+Two comparisons, of all inputs of the table. The file's graph widened - every weight and constant of 16 bits as float32 -
+is to answer like torch with its weights widened: there a wrong expert or size shows at any token. And the file as it is,
+run by ONNX Runtime, is to be as near to that answer as torch's own 16 bits are, in the median token: single tokens are
+further off on both sides, where rounding decides between experts. What the provider cannot run is run with each operator
+in float32, its result rounded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparse_onnx.bench.coverage import exporters, measure, rounded, scoring
+from sparse_onnx.bench.coverage.measure import FAILED, NO_KERNEL, WRONG, Cell
+from sparse_onnx.core.errors import ImpossibleError, OutsideError
+from sparse_onnx.export import samples, ties, twin
+from sparse_onnx.export.samples import Run
+from sparse_onnx.export.sources import Source, leaves
+from sparse_onnx.graph import io
+from sparse_onnx.targets import session as sessions
+
+#: Unit in the last place of 1.
+_EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+#: How many times torch's own error the file's may be, in the median token of an input.
+_MULTIPLE = 2.0
+#: Inputs of a size that are tried where an answer differs: rounding decides between experts at a near tie.
+_DRAWS, _SEED = 3, 3000
+#: What ONNX Runtime says at a run where an operator has no kernel for a type.
+_NO_KERNEL = re.compile("data type is not supported|NOT_IMPLEMENTED|not implemented", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Errors:
+    """At one input: the largest of the widened graph; of the median token those of the file and of torch."""
+
+    widened: float
+    file: float
+    torch: float
+    reason: str = ""
+
+
+def judged(cell: Cell, source: Source, exported: exporters.Exported, kind: str) -> Cell:
+    """The cell with what the comparison says. `error` is the file's largest at any input, in its median token, and
+    `rounding` torch's."""
+    runs = measure.untraced(source)
+    types = scoring.differing(scoring.in_torch(source, runs[1]), scoring.in_file(io.load(exported.path)))
+    if types:
+        return dataclasses.replace(cell, outcome=WRONG, reason=types)
+    judge = _Judge(source, exported.path, kind)
+    worst = own = 0.0
+    for run in runs:
+        try:
+            found = judge.patiently(run)
+        except Exception as failure:
+            reason = f"at {run.name}: {measure.one_line(failure)}"
+            return dataclasses.replace(cell, outcome=FAILED, reason=reason)
+        if found.reason:
+            reason = f"at {run.name}: {found.reason}"
+            return dataclasses.replace(cell, outcome=WRONG, reason=reason, error=measure.finite(found.file))
+        worst, own = max(worst, found.file), max(own, found.torch)
+    cell = dataclasses.replace(cell, error=worst, rounding=own)
+    return dataclasses.replace(cell, outcome=NO_KERNEL, reason=judge.missing) if judge.missing else cell
+
+
+class _Judge:
+    """One file and its model. `missing`: what ONNX Runtime said that has no kernel for an operator in 16 bits."""
+
+    def __init__(self, source: Source, path: Path, kind: str) -> None:
+        self.source, self.kind, self.path = source, kind, path
+        self.wide = source.widened()
+        graph = io.load(path)
+        twin.widen(graph)
+        self.widened = sessions.create_session(graph, name=path.name)
+        self.missing = ""
+        try:
+            self.file = sessions.create_session(path)
+        except ImpossibleError as error:
+            self._emulate(error.message)
+
+    def _emulate(self, reason: str) -> None:
+        self.missing = reason
+        self.file = sessions.create_session(rounded.rounding_graph(io.load(self.path)), name=self.path.name)
+
+    def patiently(self, run: Run) -> _Errors:
+        """The errors at an input, or where they are too large at the first of others of its sizes where they are not."""
+        found = self._errors(run)
+        for draw in range(_DRAWS):
+            if not found.reason or not run.sizes:
+                break
+            found = self._errors(samples.drawn(self.source.interface, run.sizes, "random", _SEED + draw))
+        return found
+
+    def _errors(self, run: Run) -> _Errors:
+        exact = [np.asarray(value) for value in leaves(self.wide.forward(_wide(run.inputs)))]
+        with ties.first_of_equal():
+            own = [value.float().numpy() for value in leaves(self.source.forward(run.inputs))]
+        graph = _answers(self.widened, run)
+        try:
+            file = _answers(self.file, run)
+        except OutsideError as error:
+            if self.missing or not _NO_KERNEL.search(error.message):
+                raise
+            self._emulate(error.message)
+            file = _answers(self.file, run)
+        each = [_per_token(exact, answer, run) for answer in (graph, file, own)]
+        found = _Errors(float(each[0].max()), *(float(np.median(errors)) for errors in each[1:]))
+        rounding = found.torch
+        least = _EPSILON[self.kind]
+        if not found.widened <= _MULTIPLE * max(least, rounding):
+            reason = f"its graph in float32 is off by {found.widened:.2g}"
+        elif not found.file <= _MULTIPLE * max(least, rounding):
+            reason = f"it is off by {found.file:.2g} in the median token, and torch's own {self.kind} by {rounding:.2g}"
+        elif (np.isfinite(each[2]) & ~np.isfinite(each[1])).any():
+            reason = "it holds infinities or NaNs where torch has none"
+        else:
+            reason = ""
+        return dataclasses.replace(found, reason=reason)
+
+
+def _wide(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def _answers(session: Any, run: Run) -> list[np.ndarray]:
+    feeds = {}
+    for value in session.get_inputs():
+        tensor = run.inputs[value.name]
+        if tensor.is_floating_point():
+            tensor = tensor.half() if value.type == "tensor(float16)" else tensor.float()
+        feeds[value.name] = tensor.numpy()
+    return [np.asarray(each, np.float32) for each in sessions.run(session, feeds)]
+
+
+def _per_token(expected: Sequence[np.ndarray], actual: Sequence[np.ndarray], run: Run) -> np.ndarray:
+    """The largest error of each row of all outputs, relative to its largest magnitude, without padding."""
+    if [each.shape for each in expected] != [each.shape for each in actual]:
+        return np.array([np.inf])
+    errors = []
+    for output, (left, right) in enumerate(zip(expected, actual, strict=True)):
+        keep = run.kept(output, left.shape)
+        left, right = (run.rows(output, each)[keep].reshape(-1, left.shape[-1]) for each in (left, right))
+        finite = np.isfinite(left)
+        gap = np.where(finite, np.abs(np.where(finite, left, 0) - np.where(finite, right, 0)), 0).max(axis=-1)
+        gap[(finite != np.isfinite(right)).any(axis=-1)] = np.inf
+        scale = np.where(finite, np.abs(left), 0).max(axis=-1)
+        errors.append(gap / np.maximum(scale, max(float(np.median(scale)), 1e-30)))
+    return np.concatenate(errors)
