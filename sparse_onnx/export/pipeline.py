@@ -36,6 +36,7 @@ from sparse_onnx.export.sources import Source, leaves
 from sparse_onnx.graph import io, stats
 from sparse_onnx.inspect.blocks import block_records
 from sparse_onnx.passes.repair_cast_transpose import RepairCastTranspose
+from sparse_onnx.passes.repair_scatter_add import RepairScatterAdd
 from sparse_onnx.targets import session as sessions
 from sparse_onnx.verify.compare import TOLERANCES
 
@@ -165,6 +166,9 @@ def neutral(model: ir.Model, symbols: Mapping[str, str], found: list[experts.Exp
     """Tidied, labelled, in neutral form with its functions, in place."""
     translate.tidy(model)
     RepairCastTranspose()(model)
+    if found and any(value.dtype in twin.HALF for value in model.graph.initializers.values()):
+        # Sums that onnxruntime's CPU provider has in float32 only. Elsewhere recognisers are to read them as they are.
+        RepairScatterAdd()(model)
     translate.label(model, symbols, found)
     blocks.attach_functions(model)
 

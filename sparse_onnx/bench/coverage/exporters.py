@@ -124,9 +124,9 @@ def load_plain(made: Made) -> Source:
 
     from sparse_onnx.export import sources
 
-    if not isinstance(made.source, str):
-        return sources.of_objects(made.source)
     arguments = {name: value for name, value in made.arguments.items() if name != "past"}
     if made.half:
         arguments["dtype"] = getattr(torch, made.half)
-    return sources.resolve(made.source, **arguments)
+    if isinstance(made.source, str):
+        return sources.resolve(made.source, **arguments)
+    return sources.of_objects(made.source, arguments.get("dtype"))
