@@ -11,8 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
-from sparse_onnx.bench.coverage import cases, exporters, half_page, measure, rounded, scoring  # noqa: E402
+from sparse_onnx.bench.coverage import cases, exporters, half_page, measure, scoring  # noqa: E402
 from sparse_onnx.bench.coverage.cases import Case, Made  # noqa: E402
+from sparse_onnx.export import rounded  # noqa: E402
 from sparse_onnx.targets import session as sessions  # noqa: E402
 
 AXES = {"x": {0: "batch"}}
@@ -139,7 +140,11 @@ def test_each_operator_is_rounded_to_bfloat16() -> None:
 
 def test_the_page_says_what_differs_from_float32() -> None:
     def document(**cells: measure.Cell) -> dict[str, object]:
-        return {"results": {name: {"title": "", "cells": {"ours": cell.to_json()}} for name, cell in cells.items()}}
+        return {
+            "results": {
+                name: {"title": "", "cells": {"ours": cell.to_json()}} for name, cell in cells.items()
+            }
+        }
 
     block = measure.Cell(measure.BLOCK, error=5e-4, rounding=1e-3, blocks=2, layers=2)
     missing = measure.Cell(measure.NO_KERNEL, "no bfloat16 kernel for Add", 2e-3, 3e-3, blocks=2, layers=2)

@@ -11,18 +11,16 @@ alone would not show that a value overflows; and it does not run every operator.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from sparse_onnx.bench.coverage import exporters, measure, rounded, scoring
+from sparse_onnx.bench.coverage import exporters, measure, scoring
 from sparse_onnx.bench.coverage.measure import FAILED, NO_KERNEL, WRONG, Cell
-from sparse_onnx.core.errors import ImpossibleError, OutsideError, SparseOnnxError
-from sparse_onnx.export import samples, ties, twin
+from sparse_onnx.core.errors import SparseOnnxError
+from sparse_onnx.export import samples, sixteen, ties, twin
 from sparse_onnx.export.samples import Run
 from sparse_onnx.export.sources import Source, leaves
 from sparse_onnx.graph import io
@@ -34,9 +32,6 @@ _EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 _MULTIPLE = 2.0
 #: Inputs of a size that are tried where an answer differs: rounding decides between experts at a near tie.
 _DRAWS, _SEED = 3, 3000
-#: What ONNX Runtime says at a run where an operator has no kernel for a type.
-_NO_KERNEL = re.compile("data type is not supported|NOT_IMPLEMENTED|not implemented", re.IGNORECASE)
-_OPERATOR = re.compile(r"(?:implementation for|while running) (\w+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +67,15 @@ def judged(cell: Cell, source: Source, exported: exporters.Exported, kind: str) 
             return dataclasses.replace(cell, outcome=WRONG, reason=reason, error=measure.finite(found.file))
         worst, own = max(worst, found.file), max(own, found.torch)
     cell = dataclasses.replace(cell, error=worst, rounding=own)
-    return dataclasses.replace(cell, outcome=NO_KERNEL, reason=judge.missing) if judge.missing else cell
+    return (
+        dataclasses.replace(cell, outcome=NO_KERNEL, reason=judge.file.missing)
+        if judge.file.missing
+        else cell
+    )
 
 
 class _Judge:
-    """One file and its model. `missing`: the first operator for which ONNX Runtime has no kernel in 16 bits."""
+    """One file and its model."""
 
     def __init__(self, source: Source, path: Path, kind: str) -> None:
         self.source, self.kind = source, kind
@@ -84,19 +83,10 @@ class _Judge:
         graph = io.load(path)
         twin.widen(graph)
         self.widened = sessions.create_session(graph, name=path.name)
-        self.rounding = sessions.create_session(rounded.rounding_graph(io.load(path)), name=path.name)
-        self.missing = ""
-        try:
-            self.file = sessions.create_session(path)
-        except ImpossibleError as error:
-            self._without_kernel(error.message)
-
-    def _without_kernel(self, reason: str) -> None:
-        named = _OPERATOR.search(reason)
-        self.missing, self.file = f"no {self.kind} kernel for {named[1]}" if named else reason, None
+        self.rounding, self.file = sixteen.rounding_session(path), sixteen.File(path, kind)
 
     def patiently(self, run: Run) -> _Errors:
-        """The errors at an input, or where they are too large at the first of others of its sizes where they are not."""
+        """The errors at an input, or where they are too large at another of its sizes where they are not."""
         found = self._errors(run)
         for draw in range(_DRAWS):
             if not found.reason or not run.sizes:
@@ -108,14 +98,9 @@ class _Judge:
         exact = [np.asarray(value) for value in leaves(self.wide.forward(_wide(run.inputs)))]
         with ties.first_of_equal():
             own = [value.float().numpy() for value in leaves(self.source.forward(run.inputs))]
-        sides = [_answers(self.widened, run), own, _answers(self.rounding, run)]
-        if self.file is not None:
-            try:
-                sides.append(_answers(self.file, run))
-            except OutsideError as error:
-                if not _NO_KERNEL.search(error.message):
-                    raise
-                self._without_kernel(error.message)
+        sides = [sixteen.answers(self.widened, run), own, sixteen.answers(self.rounding, run)]
+        itself = self.file.run(run)
+        sides += [] if itself is None else [itself]
         graph, torchs, *files = (_per_token(exact, answers, run) for answers in sides)
         rounding = float(np.median(torchs))
         found = _Errors(float(graph.max()), max(float(np.median(errors)) for errors in files), rounding)
@@ -133,16 +118,6 @@ class _Judge:
 
 def _wide(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
-
-
-def _answers(session: Any, run: Run) -> list[np.ndarray]:
-    feeds = {}
-    for value in session.get_inputs():
-        tensor = run.inputs[value.name]
-        if tensor.is_floating_point():
-            tensor = tensor.half() if value.type == "tensor(float16)" else tensor.float()
-        feeds[value.name] = tensor.numpy()
-    return [np.asarray(each, np.float32) for each in sessions.run(session, feeds)]
 
 
 def _per_token(expected: Sequence[np.ndarray], actual: Sequence[np.ndarray], run: Run) -> np.ndarray:

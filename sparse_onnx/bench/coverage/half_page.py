@@ -36,7 +36,9 @@ def markdown(documents: Mapping[str, Mapping[str, Any]], float32: Mapping[str, A
         documents: float16 and bfloat16, or one of them: what `run.sweep` returns for the cases of that name.
         float32: the same of `cases.architectures`.
     """
-    commands = " and ".join(f"`{table.COMMAND} --cases {cases.HALF[kind]} --exporter ours`" for kind in documents)
+    commands = " and ".join(
+        f"`{table.COMMAND} --cases {cases.HALF[kind]} --exporter ours`" for kind in documents
+    )
     parts = [_TEXT.format(commands=commands) + _totals(documents)]
     for kind, document in documents.items():
         parts.append(_differing(kind, document, float32))
@@ -69,7 +71,9 @@ def _totals(documents: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _largest(cells: Any, key: str) -> float:
-    return max((cell[key] for cell in cells if _outcome(cell) in (BLOCK, FALLBACK) and cell[key]), default=0.0)
+    return max(
+        (cell[key] for cell in cells if _outcome(cell) in (BLOCK, FALLBACK) and cell[key]), default=0.0
+    )
 
 
 def _differing(kind: str, document: Mapping[str, Any], float32: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""In which types a model chooses by scores: what enters each `topk` and `argmax`, and the matrix product that it comes from.
+"""In which types a model chooses by scores: what enters each `topk` and `argmax`, and the product it comes from.
 
 A router that torch computes in float32, in a model of 16 bits, has to be one in the file: near ties are decided there.
 """
@@ -90,7 +90,9 @@ def differing(torch_: Choices, file: Choices) -> str:
     """What the file computes in other types than torch, or an empty text. Integers do not matter."""
     torch_, file = _of_floats(torch_), _of_floats(file)
     ranked = [Counter({key: n for key, n in each.items() if key[0] == _RANK}) for each in (torch_, file)]
-    same_number = ranked[0].total() == ranked[1].total()  # not so where torch runs a loop that the file holds once
+    same_number = (
+        ranked[0].total() == ranked[1].total()
+    )  # not so where torch runs a loop that the file holds once
     if set(file) <= set(torch_) and (ranked[0] == ranked[1] if same_number else set(ranked[0]) <= set(file)):
         return ""
     return f"torch chooses by {_said(torch_)}, and the file by {_said(file)}"

@@ -220,7 +220,9 @@ class _Trial:
                 return root_line(error)
             measured, accepted = compare.error(expected, actual)
             if not measured <= accepted:
-                with ties.first_of_equal() as equal:  # of which torch takes any, and in 16 bits many scores are equal
+                with (
+                    ties.first_of_equal() as equal
+                ):  # of which torch takes any, and in 16 bits many scores are equal
                     others = compare.answer(entry.module, each), compare.answer(entry.replacement, each)
                 first, _ = compare.error(*others)
                 if not (equal.met and first <= accepted):
