@@ -93,9 +93,9 @@ def compare(source: Source, path: Path, plan: Sequence[Run], kind: str) -> str:
         if outputs is None:
             try:
                 rounding = rounding or rounding_session(path)
-            except ValueError as error:
+            except ValueError as unknown:
                 return (
-                    f"the {kind} file itself was not run: onnxruntime has {file.missing} on CPU, and {error}"
+                    f"the {kind} file itself was not run: onnxruntime has {file.missing} on CPU, and {unknown}"
                 )
             outputs = answers(rounding, run)
         per_token = np.abs(outputs[0] - expected).reshape(-1, expected.shape[-1]).max(axis=1)
