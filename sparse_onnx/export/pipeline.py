@@ -21,6 +21,7 @@ from sparse_onnx.export import (
     block_check,
     check,
     experts,
+    operator_types,
     past,
     planning,
     recognised,
@@ -164,8 +165,11 @@ def _finished(model: ir.Model, symbols: Mapping[str, str], found: list[experts.E
 def neutral(model: ir.Model, symbols: Mapping[str, str], found: list[experts.Experts]) -> None:
     """Tidied, labelled, in neutral form with its functions, in place."""
     translate.tidy(model)
+    half = any(value.dtype in twin.HALF for value in model.graph.initializers.values())
+    if half:
+        operator_types.cast_where_undefined(model)
     RepairCastTranspose()(model)
-    if found and any(value.dtype in twin.HALF for value in model.graph.initializers.values()):
+    if found and half:
         # Sums that onnxruntime's CPU provider has in float32 only. Elsewhere recognisers are to read them as they are.
         RepairScatterAdd()(model)
     translate.label(model, symbols, found)

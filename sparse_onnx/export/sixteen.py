@@ -94,9 +94,7 @@ def compare(source: Source, path: Path, plan: Sequence[Run], kind: str) -> str:
             try:
                 rounding = rounding or rounding_session(path)
             except ValueError as unknown:
-                return (
-                    f"the {kind} file itself was not run: onnxruntime has {file.missing} on CPU, and {unknown}"
-                )
+                return f"the {kind} file itself was not run: onnxruntime has {file.missing} on CPU, and {unknown}"
             outputs = answers(rounding, run)
         per_token = np.abs(outputs[0] - expected).reshape(-1, expected.shape[-1]).max(axis=1)
         errors.append(per_token / max(float(np.abs(expected).max()), 1e-30))

@@ -23,7 +23,8 @@ _ATEN: Any = torch.ops.aten
 _PRODUCTS = frozenset({_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm, _ATEN.mv, _ATEN.dot})
 _NODES = frozenset({"MatMul", "Gemm", "Einsum"})
 
-#: One of these two, type of the scores, type of the nearest matrix product before them ("": none) -> how often.
+#: One of these two, type of the scores before a cast to a wider one, type of the nearest matrix product before them
+#: ("": none) -> how often.
 Choices = Counter[tuple[str, str, str]]
 _RANK, _LARGEST = "topk", "argmax"
 _CHOOSING = {_ATEN.topk: _RANK, _ATEN.sort: _RANK, _ATEN.argmax: _LARGEST, _ATEN.max: _LARGEST}
@@ -34,14 +35,19 @@ class _Watching(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: Choices = Counter()
-        self._products: dict[int, tuple[Tensor, str]] = {}  # the tensor, so that no other one gets its id
+        # The tensor, so that no other one gets its id.
+        self._products: dict[int, tuple[Tensor, str]] = {}
+        self._widened: dict[int, tuple[Tensor, torch.dtype]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = [each for each in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         before = next((self._products[id(each)][1] for each in given if id(each) in self._products), "")
         if func.overloadpacket in _CHOOSING and given:
-            self.found[_CHOOSING[func.overloadpacket], _name(given[0].dtype), before] += 1
+            scores = self._widened.get(id(given[0]), (given[0], given[0].dtype))[1]
+            self.found[_CHOOSING[func.overloadpacket], _name(scores), before] += 1
+        if func.overloadpacket is _ATEN._to_copy and result.dtype.itemsize > given[0].dtype.itemsize:
+            self._widened[id(result)] = (result, given[0].dtype)
         after = _name(given[0].dtype) if func.overloadpacket in _PRODUCTS else before
         for each in torch.utils._pytree.tree_leaves(result) if after else ():
             if isinstance(each, Tensor):
@@ -67,13 +73,24 @@ def _walk(graph: ir.Graph, products: dict[ir.Value, str], found: Choices) -> Non
     for node in graph:
         before = next((products[value] for value in node.inputs if value in products), "")
         if node.op_type in _CHOOSING_NODES:
-            found[_CHOOSING_NODES[node.op_type], _type(node), before] += 1
+            found[_CHOOSING_NODES[node.op_type], _type(_unwidened(node)), before] += 1
         after = _type(node) if node.op_type in _NODES else before
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH:
                 _walk(attribute.as_graph(), products, found)
         for value in node.outputs if after else ():
             products[value] = after
+
+
+def _unwidened(node: ir.Node) -> ir.Node:
+    """The cast to a wider type whose result the node reads, if it does: equal scores stay equal, and the order too."""
+    value = node.inputs[0]
+    cast = None if value is None else value.producer()
+    if value is None or cast is None or cast.op_type != "Cast" or cast.inputs[0] is None:
+        return node
+    before, after = cast.inputs[0].dtype, value.dtype
+    wider = before is not None and after is not None and after.itemsize > before.itemsize
+    return cast if wider else node
 
 
 def _type(node: ir.Node) -> str:
