@@ -32,7 +32,7 @@ def rounding_graph(model: ir.Model) -> ir.Model:
                 raise ValueError(f"the type of '{value.name}', of a {node.op_type}, is not known")
             if value.dtype in twin.HALF and node.op_type not in _OF_GRAPHS:
                 narrow.append((value, value.dtype))
-    twin.widen(model)
+    twin.widen(model, limits=False)
     for value, kind in narrow:
         _round(value, kind)
     return model

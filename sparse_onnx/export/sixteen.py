@@ -96,7 +96,9 @@ def compare(source: Source, path: Path, plan: Sequence[Run], kind: str) -> str:
             except ValueError as unknown:
                 return f"the {kind} file itself was not run: onnxruntime has {file.missing} on CPU, and {unknown}"
             outputs = answers(rounding, run)
-        per_token = np.abs(outputs[0] - expected).reshape(-1, expected.shape[-1]).max(axis=1)
+        per_token = (
+            np.abs(outputs[0] - expected).reshape(-1, expected.shape[-1] if expected.ndim else 1).max(axis=1)
+        )
         errors.append(per_token / max(float(np.abs(expected).max()), 1e-30))
     error = np.concatenate(errors)
     median = float(np.median(error))

@@ -126,8 +126,8 @@ def _per_token(expected: Sequence[np.ndarray], actual: Sequence[np.ndarray], run
         return np.array([np.inf])
     errors = []
     for output, (left, right) in enumerate(zip(expected, actual, strict=True)):
-        keep = run.kept(output, left.shape)
-        left, right = (run.rows(output, each)[keep].reshape(-1, left.shape[-1]) for each in (left, right))
+        keep, width = run.kept(output, left.shape), left.shape[-1] if left.ndim else 1
+        left, right = (run.rows(output, each)[keep].reshape(-1, width) for each in (left, right))
         finite = np.isfinite(left)
         gap = np.where(finite, np.abs(np.where(finite, left, 0) - np.where(finite, right, 0)), 0).max(axis=-1)
         gap[(finite != np.isfinite(right)).any(axis=-1)] = np.inf
