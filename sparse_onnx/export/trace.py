@@ -143,6 +143,7 @@ def _trace_transformers(
         symbols = _symbols(program, source.interface)
         input_names, output_names = utils.disambiguate_io_names(input_names, output_names)
         utils.apply_fx_node_fixes("onnx", program.graph_module)
+        program_fixes.apply(program.graph_module)
         table = {**exporter_onnx._ONNX_TRANSLATION_TABLE, **cached_rows.TABLE}
         model = translate.to_onnx(program, opset=opset, input_names=input_names, table=table)
     exporter_onnx._name_graph_outputs(model.graph, output_names)

@@ -20,9 +20,11 @@ import sparse_onnx  # noqa: E402
 from sparse_onnx.bench.coverage import exporters, registry, tiny  # noqa: E402
 from sparse_onnx.bench.coverage.cases import Made  # noqa: E402
 from sparse_onnx.core.errors import VerificationError  # noqa: E402
-from sparse_onnx.export import adapters, overflow, patches, sixteen  # noqa: E402
+from sparse_onnx.export import adapters, overflow, patches, rounded, sixteen, twin  # noqa: E402
+from sparse_onnx.export.samples import Run  # noqa: E402
 from sparse_onnx.graph import io  # noqa: E402
 from sparse_onnx.graph.annotate import annotate  # noqa: E402
+from sparse_onnx.targets import session as sessions  # noqa: E402
 
 AXES = {"x": {0: "batch"}}
 
@@ -58,6 +60,47 @@ def test_a_broken_file_is_refused(kind: str, tmp_path: Path) -> None:
         source.module.first.weight += 1
     with pytest.raises(VerificationError, match=f"the {kind} file differs from torch by"):
         sixteen.compare(source, out, runs, kind)
+
+
+class Masked(nn.Module):
+    """Rows without anything to look at: the lowest number takes up their scores, in each type its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        least = torch.where(mask, 0.0, torch.finfo(x.dtype).min).to(x.dtype)
+        return torch.softmax(self.scores(x) + least, dim=-1)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_the_lowest_number_is_that_of_each_type(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([[True] * 6, [False] * 6, [True, False] * 3])
+    inputs = {"x": torch.randn(3, 8), "mask": mask}
+    axes = {name: {0: "batch"} for name in inputs}
+    out = tmp_path / "m.onnx"
+    report = sparse_onnx.export((Masked().eval(), inputs, axes), out, dtype=kind)
+    assert report.verify is not None and report.verify.passed
+    wide, rounding = io.load(out), io.load(out)
+    twin.widen(wide)
+    alike = inputs["x"].to(getattr(torch, kind))
+    run = Run("2", {"x": alike[:2], "mask": torch.zeros(2, 6, dtype=torch.bool)}, {"batch": 2})
+    for graph in (wide, rounded.rounding_graph(rounding)):
+        (answer,) = sixteen.answers(sessions.create_session(graph), run)
+        np.testing.assert_allclose(answer, np.full((2, 6), 1 / 6), rtol=1e-2)
+
+
+def test_a_number_as_an_answer(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(8, 4))
+    module.forward = types.MethodType(lambda self, input: self[0](input).sum(), module)  # type: ignore[method-assign]
+    report = sparse_onnx.export(
+        (module.eval(), {"input": torch.randn(3, 8)}, {"input": {0: "batch"}}),
+        tmp_path / "m.onnx",
+        dtype="float16",
+    )
+    assert report.verify is not None and report.verify.passed
 
 
 @pytest.mark.parametrize("largest", [1.0, 65504.0, float("inf"), float("nan")])
