@@ -139,6 +139,18 @@ def test_each_operator_is_rounded_to_bfloat16() -> None:
         np.testing.assert_array_equal(p, product.float().numpy())
 
 
+def test_a_model_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OLMoE's router takes a softmax in float32 of logits of 16 bits."""
+    pytest.importorskip("transformers")
+    (case,) = [each for each in cases.load(cases.HALF["float16"]) if each.name == "olmoe"]
+    kept: list[scoring.Choices] = []
+    in_file = scoring.in_file
+    monkeypatch.setattr(scoring, "in_file", lambda model: kept.append(in_file(model)) or kept[-1])
+    cell = measure.measure(case, "ours")
+    assert (cell.outcome, cell.blocks, cell.layers) == (measure.BLOCK, 2, 2), cell
+    assert kept == [scoring.Choices({("topk", "float32", "float16"): 2})]
+
+
 def test_the_page_says_what_differs_from_float32() -> None:
     def document(**cells: measure.Cell) -> dict[str, object]:
         return {
