@@ -54,8 +54,9 @@ def judged(cell: Cell, source: Source, exported: exporters.Exported, kind: str) 
         return dataclasses.replace(cell, outcome=WRONG, reason=types)
     try:
         judge = _Judge(source, exported.path, kind)
-    except SparseOnnxError as error:
-        return dataclasses.replace(cell, outcome=FAILED, reason=f"the file does not load: {error.message}")
+    except (SparseOnnxError, ValueError) as error:
+        reason = f"the file does not load: {measure.one_line(error)}"
+        return dataclasses.replace(cell, outcome=FAILED, reason=reason)
     worst = own = 0.0
     for run in runs:
         try:
