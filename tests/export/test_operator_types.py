@@ -90,7 +90,9 @@ class Router(nn.Module):
 def test_an_export_in_bfloat16_is_valid(tmp_path: Path) -> None:
     torch.manual_seed(0)
     out = tmp_path / "m.onnx"
-    sparse_onnx.export((Router().eval(), {"x": torch.randn(3, 8)}, {"x": {0: "batch"}}), out, dtype="bfloat16")
+    sparse_onnx.export(
+        (Router().eval(), {"x": torch.randn(3, 8)}, {"x": {0: "batch"}}), out, dtype="bfloat16"
+    )
     model = io.load(out)
     annotate(model)
     kinds = {node.op_type: node.inputs[0].dtype for node in model.graph if node.inputs and node.inputs[0]}
