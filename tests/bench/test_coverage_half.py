@@ -166,8 +166,8 @@ def test_the_page_says_what_differs_from_float32() -> None:
         {"float16": document(a=block, b=refused), "bfloat16": document(a=missing, b=missing)},
         document(a=block, b=block),
     )
-    assert "| float16 | 1 | 0 | 1 | 0 | 0 | 2 | 0 | 0.0005 | 0.001 |" in text
-    assert "| bfloat16 | 2 | 0 | 0 | 0 | 0 | 2 | 2 | 0.002 | 0.003 |" in text
+    assert "| float16 | 1 | 0 | 1 | 0 | 0 | 2 | 0 | 0.0005 | 0.001 | 0.5 |" in text
+    assert "| bfloat16 | 2 | 0 | 0 | 0 | 0 | 2 | 2 | 0.002 | 0.003 | 0.7 |" in text
     assert "- `b`: refused (float32: neutral block): its size is fixed" in text and "- `a`: " not in text
     assert "### Other than in float32: bfloat16\n\nNone." in text
     assert "- `a`, `b`: no bfloat16 kernel for Add" in text

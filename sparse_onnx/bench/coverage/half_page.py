@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sparse_onnx.bench.coverage import cases, table
@@ -24,10 +25,19 @@ products of the same type: a router that the model computes in float32 stays so.
 way to others of its sizes, up to three.
 
 "No kernel" counts files that onnxruntime's CPU provider does not run, since it lacks an operator in that type; of
-those the other two runs are compared. Errors are the largest of any model and input, in the median token.
+those the other two runs are compared. Errors are those of the median model: of each the largest at any input, in the
+median token. The ratio of the file's error to torch's own is the largest of any model.
 
 """
-_COLUMNS = ["type", *(table.WORDS[each] for each in _OUTCOMES), "of", "no kernel", "error", "torch's own"]
+_COLUMNS = [
+    "type",
+    *(table.WORDS[each] for each in _OUTCOMES),
+    "of",
+    "no kernel",
+    "error",
+    "torch's",
+    "ratio",
+]
 
 
 def markdown(documents: Mapping[str, Mapping[str, Any]], float32: Mapping[str, Any]) -> str:
@@ -64,16 +74,17 @@ def _totals(documents: Mapping[str, Mapping[str, Any]]) -> str:
         cells = _cells(document).values()
         counts = Counter(_outcome(cell) for cell in cells)
         missing = sum(cell["outcome"] == NO_KERNEL for cell in cells)
-        errors = [f"{_largest(cells, key):.1g}" for key in ("error", "rounding")]
         numbers = [*(counts[each] for each in _OUTCOMES), len(cells), missing]
-        lines.append(table.line([kind, *map(str, numbers), *errors]))
+        lines.append(table.line([kind, *map(str, numbers), *_errors(cells)]))
     return "\n".join(lines)
 
 
-def _largest(cells: Any, key: str) -> float:
-    return max(
-        (cell[key] for cell in cells if _outcome(cell) in (BLOCK, FALLBACK) and cell[key]), default=0.0
-    )
+def _errors(cells: Iterable[Mapping[str, Any]]) -> list[str]:
+    pairs = [(cell["error"], cell["rounding"]) for cell in cells if cell["error"] and cell["rounding"]]
+    if not pairs:
+        return ["", "", ""]
+    medians = [f"{statistics.median(each):.1g}" for each in zip(*pairs, strict=True)]
+    return [*medians, f"{max(file / own for file, own in pairs):.1f}"]
 
 
 def _differing(kind: str, document: Mapping[str, Any], float32: Mapping[str, Any]) -> str:
