@@ -24,8 +24,8 @@ whatever torch chooses by (`topk`, `sort`, `argmax`) enters the file's TopK and 
 products of the same type: a router that the model computes in float32 stays so. An input at which a file fails gives
 way to others of its sizes, up to three.
 
-"of" counts the models that were measured, "no kernel" files that onnxruntime's CPU provider does not run, since it lacks
-an operator in that type; of those the other two runs are compared. Errors are those of the median model: of each the
+"of" counts the models that were measured, "no kernel" files that onnxruntime's CPU provider does not run, since it
+lacks an operator in that type; of those the other two runs are compared. Errors are the median model's: of each the
 largest at any input, in the median token. The ratio of the file's error to torch's own is the largest of any model.
 
 """
