@@ -13,9 +13,9 @@ end are made to count from the front first. float16 and bfloat16, for which ORT'
 reduced in float32.
 
 Left as it is: ScatterND without a reduction, and one whose indices are provably distinct (NonZero's places, Range, a
-vector's TopK, a token's rows in one expert, constants). Exact: where ORT does not lose updates, sums differ at most by
-the order in which they are added. Enters If, Loop and Scan bodies. Refused: indices whose last size is not known, and
-nodes in functions that were not inlined.
+vector's TopK, a token's rows in one expert, constants), which is only given a type that ORT has. Exact: where ORT does
+not lose updates, sums differ at most by the order in which they are added. Enters If, Loop and Scan bodies. Refused:
+indices whose last size is not known, and nodes in functions that were not inlined.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from sparse_onnx.graph.build import Emitter, Namespace
 from sparse_onnx.matching.unique import indices_unique
 from sparse_onnx.matching.values import attribute, rank, size
 
+_NARROW = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
 
 @dataclasses.dataclass(frozen=True)
 class RepairScatterAdd(Pass):
@@ -39,7 +41,9 @@ class RepairScatterAdd(Pass):
     summary: ClassVar[str] = "sums over indices that repeat, in a form that ORT computes right"
 
     def call(self, model: ir.Model) -> Outcome:
-        risky = [node for graph in model.graphs() for node in graph if loses_updates(node)]
+        risky = [
+            node for graph in model.graphs() for node in graph if loses_updates(node) or _lacks_kernel(node)
+        ]
         in_functions = [
             node
             for function in model.functions.values()
@@ -70,9 +74,18 @@ def loses_updates(node: ir.Node) -> bool:
     return not indices_unique(node.inputs[1])
 
 
+def _lacks_kernel(node: ir.Node) -> bool:
+    """Whether ORT's CPU provider cannot run the node for its type, whatever its indices are."""
+    if node.domain or node.op_type != "ScatterND" or attribute(node, "reduction", "none") == "none":
+        return False
+    return node.inputs[0] is not None and node.inputs[0].dtype in _NARROW
+
+
 def _unknown(node: ir.Node) -> str:
     if None in node.inputs[:3]:
         return "it lacks an input"
+    if not loses_updates(node):
+        return ""
     return "" if size(node.inputs[1], -1) else "the last size of its indices is not known"
 
 
@@ -83,16 +96,18 @@ def _rewrite(node: ir.Node, names: Namespace) -> None:
     emit = Emitter(node.graph, names, node.name or "ScatterND", node.metadata_props)
     reduction, data_type = attribute(node, "reduction"), data.dtype
     dimensions, depth = rank(node.inputs[0]), size(indices, -1)
-    assert depth is not None
-    narrow = data_type in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    narrow, distinct = data_type in _NARROW, not loses_updates(node)
     if narrow:
         data, updates = (emit.op("Cast", value, to=ir.DataType.FLOAT) for value in (data, updates))
-    if depth == 1 and rank(indices) == 2 and dimensions is not None:
+    if distinct:
+        output = emit.op("ScatterND", data, indices, updates, reduction=reduction)
+    elif depth == 1 and rank(indices) == 2 and dimensions is not None:
         if dimensions != 2:
             indices = emit.op("Reshape", indices, emit.ints(-1, *[1] * (dimensions - 1)))
         places = emit.op("Expand", indices, emit.op("Shape", updates))
         output = emit.op("ScatterElements", data, places, updates, axis=0, reduction=reduction)
     else:
+        assert depth is not None
         output = _as_rows(emit, data, indices, updates, depth, reduction)
     if narrow:
         output = emit.op("Cast", output, to=data_type)

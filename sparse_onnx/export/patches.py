@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_onnx.export import compressors, recurrences, reference_window, rotary, sparse_attention
+from sparse_onnx.export import compressors, overflow, recurrences, reference_window, rotary, sparse_attention
 
 
 @contextlib.contextmanager
@@ -149,6 +149,8 @@ FORWARDS: dict[str, Callable[..., Any]] = {
     "DeepseekV4CSACompressor": compressors.sparsely_compressed,
     "DeepseekV4Indexer": compressors.indexed,
     "Glm5NextTextIndexer": sparse_attention.pooled_tokens,
+    "NllbMoeEncoderLayer": overflow.clamped,
+    "NllbMoeDecoderLayer": overflow.clamped,
     "UnlimitedOcrTextModel": reference_window.with_reference,
     "Qwen4ExpTextAttention": sparse_attention.with_new_positions,
     "Qwen4ExpTextQSAIndexer": sparse_attention.chosen_tokens,

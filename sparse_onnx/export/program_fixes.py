@@ -11,6 +11,18 @@ _aten = torch.ops.aten
 #: Position of the scales among the arguments, and up to how many times as long an axis torch takes for exactly that
 #: many times as long, whatever the scale says.
 _RESIZED = {_aten.upsample_bilinear2d.vec: (3, 1), _aten.upsample_nearest2d.vec: (2, 2)}
+#: Operators that torch computes in the type which is asked for; onnxscript's translation casts the result only.
+_IN_TYPE = frozenset(
+    {
+        _aten.softmax.int,
+        _aten.log_softmax.int,
+        _aten.special_softmax.default,
+        _aten.special_log_softmax.default,
+        _aten.mean.dim,
+        _aten.sum.default,
+        _aten.sum.dim_IntList,
+    }
+)
 
 
 def apply(module: torch.nn.Module) -> None:
@@ -22,6 +34,8 @@ def apply(module: torch.nn.Module) -> None:
                     _squeeze(node)
                 elif node.target in _RESIZED:
                     _resize(node)
+                elif node.target in _IN_TYPE:
+                    _compute_in_type(node)
             each.recompile()
 
 
@@ -67,3 +81,20 @@ def _resize(node: fx.Node) -> None:
                 "make that axis static, or resize to a size instead of by a factor",
             )
     node.args = (*node.args[:place], scales, *node.args[place + 1 :])
+
+
+def _compute_in_type(node: fx.Node) -> None:
+    """The cast in front: a router's softmax in float32, of logits of 16 bits, is one in the file, too."""
+    source, kind = node.args[0], node.kwargs.get("dtype")
+    positional = kind is None and len(node.args) == 3 and isinstance(node.args[2], torch.dtype)
+    kind = node.args[2] if positional else kind
+    if not isinstance(kind, torch.dtype) or not isinstance(source, fx.Node):
+        return
+    before = source.meta.get("val")
+    if not isinstance(before, Tensor) or before.dtype == kind:
+        return
+    with node.graph.inserting_before(node):
+        cast = node.graph.call_function(_aten._to_copy.default, (source,), {"dtype": kind})
+    cast.meta = {**node.meta, "val": before.to(kind)}
+    node.args = (cast, *(node.args[1:2] if positional else node.args[1:]))
+    node.kwargs = {name: value for name, value in node.kwargs.items() if name != "dtype"}

@@ -147,6 +147,23 @@ def test_bfloat16_keeps_its_type() -> None:
     assert after.graph.outputs[0].dtype == ir.DataType.BFLOAT16
 
 
+@pytest.mark.parametrize("reduction", UFUNCS)
+def test_distinct_indices_of_float16_are_reduced_in_float32(reduction: str) -> None:
+    """No update is lost there, but ORT has no kernel for the type. In float32 the node stays as it is."""
+    for dtype, rewritten in ((np.float16, 1), (np.float32, 0)):
+        before = model(["T", 5], ["N"], ["M", 5], reduction, dtype)
+        (scatter,) = before.graph
+        places = ir.node("NonZero", [before.graph.inputs[1]])
+        rows = ir.node("Transpose", places.outputs, {"perm": [1, 0]})
+        before.graph.insert_before(scatter, [places, rows])
+        scatter.replace_input_with(1, rows.outputs[0])
+        after, _ = check_rewrite(before, RepairScatterAdd(), rewritten=rewritten)
+        given = feeds((40, 5), (23,), 1, dtype) | {"indices": np.ones(23, np.int64)}
+        (actual,) = run_model(after, given)
+        right = expected(given | {"indices": np.arange(23)[:, None]}, reduction)
+        np.testing.assert_allclose(actual.astype(np.float64), right, rtol=4e-3)
+
+
 @pytest.mark.parametrize("opset", [16, 18, 22])
 def test_opsets(opset: int) -> None:
     for form in ("rows", "pairs"):

@@ -31,6 +31,13 @@ from sparse_onnx.core.errors import SparseOnnxError
     metavar="JSON",
     help="Results of --cases sparse_onnx.bench.coverage.cases:with_cache, a second table of that page.",
 )
+@click.option(
+    "--half",
+    type=(click.Choice(list(every_case.HALF)), click.Path(path_type=Path, exists=True)),
+    multiple=True,
+    metavar="TYPE JSON",
+    help="Results of --cases sparse_onnx.bench.coverage.cases:TYPE, what differs there.",
+)
 @click.option("--timeout", default=300.0, show_default=True, metavar="S", help="Seconds a cell.")
 @click.option("--memory", default=12.0, show_default=True, metavar="GB", help="Memory a cell.")
 @click.option("--again", is_flag=True, help="Measures what the JSON file holds already, too.")
@@ -42,6 +49,7 @@ def main(
     file: Path | None,
     docs: Path | None,
     with_cache: Path | None,
+    half: tuple[tuple[str, Path], ...],
     timeout: float,
     memory: float,
     again: bool,
@@ -53,6 +61,7 @@ def main(
         if unknown:
             raise click.UsageError(f"no such model: {', '.join(unknown)}")
         cached = None if with_cache is None else run.read(with_cache)
+        halves = {kind: run.read(path) for kind, path in half}
         document = run.sweep(
             cases,
             names,
@@ -69,7 +78,7 @@ def main(
     if docs is None:
         click.echo(table.markdown(document, page.columns(document), rows))
         return
-    docs.write_text(page.markdown(document, cached, cases, rows))
+    docs.write_text(page.markdown(document, cached, cases, rows, halves))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from sparse_onnx.core.errors import UsageError
 #: `python -m sparse_onnx.bench.coverage` without `--cases`.
 ARCHITECTURES = "sparse_onnx.bench.coverage.cases:architectures"
 WITH_CACHE = "sparse_onnx.bench.coverage.cases:with_cache"
+HALF = {name: f"sparse_onnx.bench.coverage.cases:{name}" for name in ("float16", "bfloat16")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,12 @@ class Made:
     def cached(self) -> bool:
         """Whether it is exported with its key/value cache."""
         return bool(self.arguments.get("past"))
+
+    @property
+    def half(self) -> str:
+        """`float16` or `bfloat16` where it is exported in such a type."""
+        name = self.arguments.get("dtype") or ""
+        return name if name in HALF else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +60,24 @@ def architectures() -> list[Case]:
 def with_cache() -> list[Case]:
     """The same, each with its key/value cache among inputs and outputs."""
 
+    return _with_further({"past": True})
+
+
+def float16() -> list[Case]:
+    """The same in float16, without a cache."""
+    return _with_further({"dtype": "float16"})
+
+
+def bfloat16() -> list[Case]:
+    """The same in bfloat16, without a cache."""
+    return _with_further({"dtype": "bfloat16"})
+
+
+def _with_further(arguments: Mapping[str, Any]) -> list[Case]:
     def maker(case: Case) -> Callable[[Path], Made]:
         def make(folder: Path) -> Made:
             made = case.make(folder)
-            return Made(made.source, {**made.arguments, "past": True})
+            return Made(made.source, {**made.arguments, **arguments})
 
         return make
 

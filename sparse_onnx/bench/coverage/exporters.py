@@ -120,10 +120,13 @@ def load(made: Made) -> Source:
 
 def load_plain(made: Made) -> Source:
     """The same without its key/value cache."""
+    import torch
+
     from sparse_onnx.export import sources
 
-    if not isinstance(made.source, str):
-        return sources.of_objects(made.source)
-    return sources.resolve(
-        made.source, **{name: value for name, value in made.arguments.items() if name != "past"}
-    )
+    arguments = {name: value for name, value in made.arguments.items() if name != "past"}
+    if made.half:
+        arguments["dtype"] = getattr(torch, made.half)
+    if isinstance(made.source, str):
+        return sources.resolve(made.source, **arguments)
+    return sources.of_objects(made.source, arguments.get("dtype"))

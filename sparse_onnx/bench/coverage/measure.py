@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 BLOCK, FALLBACK, REFUSED, FAILED, WRONG = "block", "fallback", "refused", "failed", "wrong"
 #: There is nothing to export: a model without key/value cache, where that is asked for.
 INAPPLICABLE = "inapplicable"
-OUTCOMES = (BLOCK, FALLBACK, REFUSED, FAILED, WRONG, INAPPLICABLE)
+#: Right where each operator is computed in float32 and rounded; the runtime has no kernel for the type itself.
+NO_KERNEL = "no kernel"
+OUTCOMES = (BLOCK, FALLBACK, NO_KERNEL, REFUSED, FAILED, WRONG, INAPPLICABLE)
 #: Largest error that counts as exact, relative to the largest magnitude of a row. A model whose own answers in
 #: float32 are further than that from its answers in float64 may be as far off, up to a limit.
 EXACT, _ROUNDING, _MOST = 1e-5, 4.0, 1e-4
@@ -45,7 +47,8 @@ _DRAWS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """`error` is the largest relative one over all inputs; `layers` counts sparse layers of the model."""
+    """`error` is the largest relative one over all inputs; `layers` counts sparse layers of the model. Of a model of 16
+    bits `error` and `rounding` are what `half` says."""
 
     outcome: str
     reason: str = ""
@@ -71,7 +74,7 @@ def measure(case: Case, exporter: str) -> Cell:
         except ImpossibleError as error:
             return Cell(REFUSED, error.message, seconds=time.monotonic() - started)
         except Exception as error:  # whatever an exporter raises is its answer
-            return Cell(FAILED, _one_line(error), seconds=time.monotonic() - started)
+            return Cell(FAILED, one_line(error), seconds=time.monotonic() - started)
         seconds = time.monotonic() - started
         return dataclasses.replace(_judged(made, exported), seconds=round(seconds, 1))
 
@@ -81,6 +84,10 @@ def _judged(made: Made, exported: exporters.Exported) -> Cell:
 
     source = exporters.load(made)
     cell = Cell(FALLBACK, blocks=exported.blocks, layers=sparse_layers(source))
+    if made.half:
+        from sparse_onnx.bench.coverage import half  # which uses this module
+
+        return _blocks_told(half.judged(cell, source, exported, made.half), exported)
     worst = rounding = 0.0
     for part, path in _files(source, exported):
         try:
@@ -94,19 +101,22 @@ def _judged(made: Made, exported: exporters.Exported) -> Cell:
             try:
                 distance, own, reason = _judged_run(part, session, run, exported.feed)
             except Exception as failure:
-                reason = f"at {run.name}: {_one_line(failure)}"
+                reason = f"at {run.name}: {one_line(failure)}"
                 return dataclasses.replace(cell, outcome=FAILED, reason=reason)
             rounding = max(rounding, own)
             if not distance <= max(EXACT, min(_ROUNDING * rounding, _MOST)):
                 return dataclasses.replace(
-                    cell, outcome=WRONG, reason=f"at {run.name}: {reason}", error=_finite(distance)
+                    cell, outcome=WRONG, reason=f"at {run.name}: {reason}", error=finite(distance)
                 )
             worst = max(worst, distance)
-    whole = exported.blocks > 0 and exported.blocks >= cell.layers
-    reason = "" if whole else "; ".join(_about_blocks(exported))
-    return dataclasses.replace(
-        cell, outcome=BLOCK if whole else FALLBACK, reason=reason, error=worst, rounding=rounding or None
-    )
+    return _blocks_told(dataclasses.replace(cell, error=worst, rounding=rounding or None), exported)
+
+
+def _blocks_told(cell: Cell, exported: exporters.Exported) -> Cell:
+    """A right answer's cell, which says whether the blocks are whole."""
+    if cell.outcome != FALLBACK or (exported.blocks > 0 and exported.blocks >= cell.layers):
+        return dataclasses.replace(cell, outcome=BLOCK) if cell.outcome == FALLBACK else cell
+    return dataclasses.replace(cell, reason="; ".join(_about_blocks(exported)))
 
 
 def _files(source: Source, exported: exporters.Exported) -> list[tuple[Source, Path]]:
@@ -239,11 +249,11 @@ def sparse_layers(source: Source) -> int:
     return sum(not any(path.startswith(f"{other}.") for other in ran) for path in ran)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     from sparse_onnx.export.failure import root_line
 
     return error.message if isinstance(error, SparseOnnxError) else root_line(error)
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparse_onnx.bench.coverage import cases, exporters, table
+from sparse_onnx.bench.coverage import cases, exporters, half_page, table
 
 #: Columns where the command names none.
 USUAL = ("torch", "transformers", "ours")
-_COMMAND = "python -m sparse_onnx.bench.coverage"
 _TEXT = """# Which models can be exported
 
 Made by {command} with {versions}.
@@ -41,7 +40,11 @@ first one another file, so that it runs on the five inputs with a past, and its 
 
 
 def markdown(
-    document: Mapping[str, Any], cached: Mapping[str, Any] | None, place: str, rows: str = "architecture"
+    document: Mapping[str, Any],
+    cached: Mapping[str, Any] | None,
+    place: str,
+    rows: str = "architecture",
+    half: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """
     Args:
@@ -49,6 +52,7 @@ def markdown(
         cached: the same of `cases.with_cache`, for a second table.
         place: the cases of the first table, ``package.module:FUNCTION``.
         rows: what a row is.
+        half: the same of `cases.float16` and `cases.bfloat16` by those names, for what differs there.
     """
     documents = [document] if cached is None else [document, cached]
     commands = [_command(place, rows, columns(document))]
@@ -61,7 +65,9 @@ def markdown(
         legend=table.legend(*documents),
     )
     text += table.markdown(document, columns(document), rows)
-    return text if cached is None else text + _CACHED + table.markdown(cached, columns(cached), rows)
+    if cached is not None:
+        text += _CACHED + table.markdown(cached, columns(cached), rows)
+    return text + half_page.markdown(half, document) if half else text
 
 
 def columns(document: Mapping[str, Any]) -> list[str]:
@@ -71,7 +77,7 @@ def columns(document: Mapping[str, Any]) -> list[str]:
 
 
 def _command(place: str, rows: str, measured: Sequence[str]) -> str:
-    parts = [_COMMAND]
+    parts = [table.COMMAND]
     if place != cases.ARCHITECTURES:
         parts += ["--cases", place]
     if rows != "architecture":

@@ -1,0 +1,117 @@
+"""A file in float16 or bfloat16 as it is, beside torch in that type.
+
+In ONNX Runtime; where its CPU provider lacks an operator in the type, each operator in float32 and its result rounded,
+which is how torch computes there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparse_onnx.core.errors import ImpossibleError, OutsideError, VerificationError
+from sparse_onnx.export import rounded
+from sparse_onnx.export.samples import Run
+from sparse_onnx.export.sources import Source, leaves
+from sparse_onnx.graph import io
+from sparse_onnx.targets import session as sessions
+from sparse_onnx.verify.compare import TOLERANCES
+
+#: What ONNX Runtime says at a run where an operator has no kernel for a type.
+_NO_KERNEL = re.compile("data type is not supported|NOT_IMPLEMENTED|not implemented", re.IGNORECASE)
+_OPERATOR = re.compile(r"(?:implementation for|while running) (\w+)")
+
+
+class File:
+    """The file in ONNX Runtime. `missing`: what the provider lacks, once that is known; the file does not run then."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.kind, self.missing = kind, ""
+        self._session: Any = None
+        try:
+            self._session = sessions.create_session(path, name=path.name)
+        except ImpossibleError as error:
+            self.missing = self._lacking(error)
+
+    def run(self, run: Run) -> list[np.ndarray] | None:
+        """Its outputs as float32; None where it does not run.
+
+        Raises:
+            OutsideError: onnxruntime fails, for another reason than a kernel that it lacks.
+        """
+        if self.missing:
+            return None
+        try:
+            return answers(self._session, run)
+        except OutsideError as error:
+            if not _NO_KERNEL.search(error.message):
+                raise
+            self.missing = self._lacking(error)
+            return None
+
+    def _lacking(self, error: ImpossibleError | OutsideError) -> str:
+        named = _OPERATOR.search(error.message)
+        return f"no {self.kind} kernel for {named[1]}" if named else error.message
+
+
+def rounding_session(path: Path) -> Any:
+    """The file with each operator in float32 and its result rounded.
+
+    Raises:
+        ValueError: its types are not known.
+    """
+    return sessions.create_session(rounded.rounding_graph(io.load(path)), name=path.name)
+
+
+def answers(session: Any, run: Run) -> list[np.ndarray]:
+    """The session's outputs as float32, of the inputs in the types that it takes."""
+    feeds = {}
+    for value in session.get_inputs():
+        tensor = run.inputs[value.name]
+        if tensor.is_floating_point():
+            tensor = tensor.half() if value.type == "tensor(float16)" else tensor.float()
+        feeds[value.name] = tensor.numpy()
+    return [np.asarray(each, np.float32) for each in sessions.run(session, feeds)]
+
+
+def compare(source: Source, path: Path, plan: Sequence[Run], kind: str) -> str:
+    """Says how far from torch's answer in 16 bits the file lands. Near-tied routers make single tokens differ, so that
+    the median over tokens is what tells a sound file from a broken one.
+
+    Raises:
+        VerificationError: it is broken.
+    """
+    file, rounding = File(path, kind), None
+    errors: list[np.ndarray] = []
+    for run in plan:
+        expected = leaves(source.forward(run.inputs))[0].float().numpy()
+        outputs = file.run(run)
+        if outputs is None:
+            try:
+                rounding = rounding or rounding_session(path)
+            except ValueError as unknown:
+                return f"the {kind} file itself was not run: onnxruntime has {file.missing} on CPU, and {unknown}"
+            outputs = answers(rounding, run)
+        per_token = (
+            np.abs(outputs[0] - expected).reshape(-1, expected.shape[-1] if expected.ndim else 1).max(axis=1)
+        )
+        errors.append(per_token / max(float(np.abs(expected).max()), 1e-30))
+    error = np.concatenate(errors)
+    median = float(np.median(error))
+    if not median <= TOLERANCES[kind]:
+        raise VerificationError(
+            f"the {kind} file differs from torch by {median:.2g} in the median token",
+            "try float32",
+            where=source.name,
+        )
+    how = "run on CPU"
+    if file.missing:
+        how = f"run with each operator in float32 and its result rounded (onnxruntime: {file.missing} on CPU)"
+    return (
+        f"the {kind} file itself, {how}, differs from torch's {kind} by {median:.2g} in the median "
+        f"token and {float(error.max()):.2g} at most"
+    )
