@@ -156,6 +156,7 @@ def _trace_transformers(
 def _runnable(program: torch.export.ExportedProgram, interface: Interface) -> Callable[..., Any]:
     """The program in torch. It takes 2 for the least size of any axis and lets smaller ones pass, but asserts what
     follows for an axis that is the sum of others: such bounds are lowered to the 2 that passes."""
+    program_fixes.drop_traced_bounds(program)
     ranges: Any = program.range_constraints
     for node in program.graph.nodes:
         spec = interface.inputs.get(node.name) if node.op == "placeholder" else None

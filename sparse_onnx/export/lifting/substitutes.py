@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparse_onnx.export.lifting.runtime import Runtime
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat)
+_DTYPES = {bool: torch.bool, int: torch.int64, float: None}
 _STATIC = "use tensor operations, or make that axis static"
 
 
@@ -122,8 +123,12 @@ def _one_hot(runtime: Runtime, place: Place, plain: Any, tensor: Any, num_classe
 
 
 def _tensor(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
-    """`torch.tensor(capacity)`."""
+    """`torch.tensor(capacity)`; and on one side of a branch `torch.tensor(3)`, whose constant no graph of a condition
+    can hold."""
     value: Any = args[0] if args else None
+    if runtime.open and type(value) in _DTYPES and not set(kwargs) - {"dtype", "device"}:
+        dtype = kwargs.get("dtype") or _DTYPES[type(value)] or torch.get_default_dtype()
+        return torch.full((), value, dtype=dtype, device=kwargs.get("device"))
     if isinstance(value, _SYMBOLIC) and not set(kwargs) - {"dtype", "device"}:
         default = torch.int64 if isinstance(value, torch.SymInt) else torch.get_default_dtype()
         number: Any = value
@@ -182,7 +187,7 @@ def _tolist(runtime: Runtime, place: Place, plain: Any, tensor: Tensor) -> Any:
         return tensor.item()
     length = tensor.shape[0]
     if isinstance(length, torch.SymInt):
-        return hits.Numbers(tensor, place)
+        return hits.Numbers(tensor.clone(), place)  # a list stays as it is when its tensor is written to
     return SomeItems(_tolist(runtime, place, plain, each) for each in tensor.unbind())
 
 
@@ -192,7 +197,7 @@ def _bincount(runtime: Runtime, place: Place, plain: Any, tensor: Tensor, *args:
     least = given.get("minlength", 0)
     if not _depends(runtime, tensor) or given.get("weights") is not None or not isinstance(least, int):
         return plain(tensor, *args, **kwargs) if plain is torch.bincount else plain(*args, **kwargs)
-    count = hits.bound_of(tensor)
+    count = hits.bound_of(tensor, runtime)
     if count is None or count > least:
         return plain(tensor, *args, **kwargs) if plain is torch.bincount else plain(*args, **kwargs)
     return F.one_hot(tensor, least).sum(0)
