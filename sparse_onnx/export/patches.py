@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -139,8 +141,21 @@ def _experts_by_modality(
     return (total if self.shared_experts is None else total + self.shared_experts(hidden_states)), logits
 
 
+def _clamped(self: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """NLLB's decoder layer, which clamps a state in float16 where any of it is infinite: by a choice instead of
+    Python's `if`."""
+    none = SimpleNamespace(any=lambda: False)
+    with mock.patch.object(torch, "isinf", lambda _: none):
+        state = original(self, *args, **kwargs)
+    if state.dtype != torch.float16:
+        return state
+    most = torch.finfo(state.dtype).max - 1000
+    return torch.where(state.isinf().any(), state.clamp(min=-most, max=most), state)
+
+
 #: Class -> what stands in for its forward; called with the original one.
 FORWARDS: dict[str, Callable[..., Any]] = {
+    "NllbMoeDecoderLayer": _clamped,
     "PhimoeRotaryEmbedding": rotary.longrope,
     "Ernie4_5_VLMoeMoeBlock": _experts_by_modality,
     "JambaMambaMixer": recurrences.selective_scan,

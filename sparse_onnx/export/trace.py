@@ -32,7 +32,7 @@ from sparse_onnx.export import (
 from sparse_onnx.export.failure import root_line
 from sparse_onnx.export.samples import Interface
 from sparse_onnx.export.sources import Source, leaves
-from sparse_onnx.export.users import place_of
+from sparse_onnx.export.users import place_of, users_code
 
 _FIXED_AXIS = re.compile(
     r"You marked L\['(?P<name>\w+)'\]\.size\(\)\[(?P<axis>\d+)\] as dynamic "
@@ -79,7 +79,7 @@ def trace(source: Source, found: list[experts.Experts], opset: int, *, lift: boo
         }
         for name, spec in source.interface.inputs.items()
     }
-    with translate.quiet(), experts.hooked(found, grouped=source.is_transformers), _refused():
+    with translate.quiet(), experts.hooked(found, grouped=source.is_transformers), _refused(source, inputs):
         if source.is_transformers:
             with scans.lifted(source.module) as ran:
                 traced, other = _trace_transformers(source, inputs, shapes, opset)
@@ -180,12 +180,14 @@ def _symbols(program: torch.export.ExportedProgram, interface: Interface) -> dic
 
 
 @contextlib.contextmanager
-def _refused() -> Iterator[None]:
+def _refused(source: Source, inputs: dict[str, Tensor]) -> Iterator[None]:
     try:
         yield
     except ImpossibleError:
         raise
     except Exception as error:  # torch's export errors share no base class, and traced code raises anything
+        with users_code(source.name, "the model"):  # such as one that its configuration does not go with
+            source.forward(inputs)
         fixed = _FIXED_AXIS.search(str(error))
         if fixed is not None:
             raise ImpossibleError(
