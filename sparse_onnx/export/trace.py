@@ -81,9 +81,11 @@ def trace(source: Source, found: list[experts.Experts], opset: int, *, lift: boo
     }
     with translate.quiet(), experts.hooked(found, grouped=source.is_transformers), _refused(source, inputs):
         if source.is_transformers:
-            with scans.lifted(source.module) as ran:
-                traced, other = _trace_transformers(source, inputs, shapes, opset)
-            return dataclasses.replace(traced, lifted=tuple(dict.fromkeys([*ran, *other])))
+            flow = lifting.lifted(source.module) if lift else contextlib.nullcontext()
+            with scans.lifted(source.module) as ran, flow as rewritten:
+                traced, other = _trace_transformers(source, inputs, shapes, opset, rewritten=lift)
+            notes = () if rewritten is None else tuple(rewritten.notes)
+            return dataclasses.replace(traced, lifted=tuple(dict.fromkeys([*ran, *other])), notes=notes)
         if lift:
             with lifting.lifted(source.module) as lifted:
                 traced = _trace_module(source, inputs, shapes, opset, rewritten=True)
@@ -116,7 +118,7 @@ def _trace_module(
 
 
 def _trace_transformers(
-    source: Source, inputs: dict[str, Tensor], shapes: dict[str, Any], opset: int
+    source: Source, inputs: dict[str, Tensor], shapes: dict[str, Any], opset: int, *, rewritten: bool = False
 ) -> tuple[Traced, list[str]]:
     """The steps of transformers' `OnnxExporter.export_program`, with our operator in its table and without
     optimizer; and the names of classes whose forward was another."""
@@ -144,7 +146,14 @@ def _trace_transformers(
         input_names, output_names = utils.disambiguate_io_names(input_names, output_names)
         utils.apply_fx_node_fixes("onnx", program.graph_module)
         table = {**exporter_onnx._ONNX_TRANSLATION_TABLE, **cached_rows.TABLE}
-        model = translate.to_onnx(program, opset=opset, input_names=input_names, table=table)
+        if rewritten:
+            program_fixes.apply(program.graph_module)
+            python_numbers.refuse_others(program.graph_module, rewritten=True)
+            table |= {**python_numbers.TABLE, **operators.TABLE}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not rewritten):
+            model = translate.to_onnx(program, opset=opset, input_names=input_names, table=table)
+        if rewritten:
+            python_numbers.retype(model)
     exporter_onnx._name_graph_outputs(model.graph, output_names)
     bodies: list[Any] = [model.graph, *model.functions.values()]
     for fix in exporter_onnx._IR_FIXES:

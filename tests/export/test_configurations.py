@@ -39,6 +39,9 @@ def test_random_weights_of_layers_without_width() -> None:
     assert module[1].bias.any()
 
 
+CLAMPED = patches.FORWARDS["NllbMoeDecoderLayer"]
+
+
 class Layer(torch.nn.Module):
     """The end of NLLB's decoder layer."""
 
@@ -54,12 +57,12 @@ class Layer(torch.nn.Module):
 def test_a_clamp_of_infinite_states_is_a_choice(value: float, dtype: torch.dtype) -> None:
     layer, state = Layer(), torch.tensor([[value, 65500.0, -3.0]], dtype=dtype)
     expected = layer(state)
-    torch.testing.assert_close(patches._clamped(layer, Layer.forward, state), expected, rtol=0, atol=0)
+    torch.testing.assert_close(CLAMPED(layer, Layer.forward, state), expected, rtol=0, atol=0)
 
 
 def test_such_a_layer_can_be_traced() -> None:
     layer = Layer()
-    layer.forward = lambda state: patches._clamped(layer, Layer.forward, state)  # type: ignore[method-assign]
+    layer.forward = lambda state: CLAMPED(layer, Layer.forward, state)  # type: ignore[method-assign]
     program = torch.export.export(layer, (torch.ones(2, 3, dtype=torch.float16),), strict=False)
     state = torch.full((2, 3), float("inf"), dtype=torch.float16)
     torch.testing.assert_close(program.module()(state), Layer()(state), rtol=0, atol=0)

@@ -37,7 +37,12 @@ class Runtime:
         """What the module's buffers of integers stay below, by their placeholders in the trace."""
         now = dict(self.module.named_buffers())
         nodes = {name: graph_edits.node_of(now[name]) for name in self._bounds if name in now}
-        return {node: self._bounds[name] for name, node in nodes.items() if node is not None}
+        # Once a buffer is written to, another node stands for it.
+        return {
+            node: self._bounds[name]
+            for name, node in nodes.items()
+            if node is not None and node.op == "placeholder"
+        }
 
     def note(self, place: Place, text: str) -> None:
         note = f"{written(place)} {text}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 from sparse_onnx.export.lifting import hits
@@ -176,6 +177,13 @@ def _cat(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) 
     return plain(*args, **kwargs)
 
 
+def _checkpoint(runtime: Runtime, place: Place, plain: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Without gradients it calls its function, which is the user's."""
+    own = ("use_reentrant", "context_fn", "determinism_check", "debug", "preserve_rng_state", "early_stop")
+    given = {key: value for key, value in kwargs.items() if key not in own}
+    return runtime.call(function, place)(*args, **given)
+
+
 def _item(runtime: Runtime, place: Place, plain: Any, tensor: Tensor) -> Any:
     return tensor.item() if plain is None else plain()
 
@@ -248,6 +256,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.one_hot: _one_hot,
     torch.tensor: _tensor,
     torch.bincount: _bincount,
+    torch.utils.checkpoint.checkpoint: _checkpoint,
     torch.cat: _cat,
     torch.concat: _cat,
     torch.concatenate: _cat,
