@@ -65,7 +65,7 @@ def _sides(node: Any, relation: Any) -> tuple[sympy.Expr, sympy.Expr] | None:
     """Both sides of a comparison of sizes, as formulas."""
     if not isinstance(node, fx.Node) or node.target is not relation:
         return None
-    values = [each.meta.get("val") if isinstance(each, fx.Node) else each for each in node.args]
+    values: list[Any] = [each.meta.get("val") if isinstance(each, fx.Node) else each for each in node.args]
     if not all(type(each) in (int, torch.SymInt) for each in values):
         return None
     # Not `expr`, in which what is asserted to be equal is put in already.

@@ -116,7 +116,7 @@ class TwoLevels(nn.Module):
             mine = tokens[rows]
             weight, index = self.gates[g](mine).softmax(-1).topk(2, -1)
             part = torch.zeros_like(mine)
-            for e, expert in enumerate(experts):  # type: ignore[arg-type]
+            for e, expert in enumerate(experts):  # type: ignore[arg-type, var-annotated]
                 row, slot = torch.where(index == e)
                 if row.numel() == 0:
                     continue

@@ -23,7 +23,7 @@ class Torchtitan(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.view(-1, HIDDEN)
         scores = torch.sigmoid(self.gate(tokens).to(torch.float32))
-        _, chosen = torch.topk(scores + self.expert_bias, k=TOP_K, dim=1)
+        _, chosen = torch.topk(scores + self.expert_bias, k=TOP_K, dim=1)  # type: ignore[operator]
         top = scores.gather(dim=1, index=chosen)
         counts = torch.histc(chosen.view(-1).float(), bins=EXPERTS, min=0, max=EXPERTS)
         order = torch.argsort(chosen.view(-1), stable=True)
