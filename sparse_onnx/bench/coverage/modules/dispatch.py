@@ -83,7 +83,7 @@ class DeepSeekMoEInfer(nn.Module):
             tokens_for_this_expert = sorted_tokens[start_idx:end_idx]
             outputs.append(expert(tokens_for_this_expert))
             start_idx = end_idx
-        outs = torch.cat(outputs, dim=0) if len(outputs) else sorted_tokens.new_empty(0)
+        outs = torch.cat(outputs, dim=0)
         new_x = torch.empty_like(outs)
         new_x[idxs] = outs
         return (
