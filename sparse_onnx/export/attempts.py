@@ -21,13 +21,20 @@ def trace(source: Source, found: Sequence[experts.Experts], opset: int) -> Attem
     try:
         return _attempt(source, found, opset, lift=False)
     except ImpossibleError as plain:
-        if source.is_transformers:
+        if source.is_transformers and not _has_own_code(source):
             raise
         refused = plain
     try:
         return _attempt(source, found, opset, lift=True)
     except ImpossibleError as error:
         raise error from refused
+
+
+def _has_own_code(source: Source) -> bool:
+    """Whether it is a model whose code came with it, which nobody wrote to be exported; with a cache that code is
+    traced as it is."""
+    own = type(source.module).__module__.startswith("transformers_modules")
+    return own and not isinstance(source, past.PastSource)
 
 
 def _attempt(source: Source, found: Sequence[experts.Experts], opset: int, *, lift: bool) -> Attempt:

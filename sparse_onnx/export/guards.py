@@ -54,6 +54,8 @@ _TRIED_SMALLEST, _TRIED_SPREAD = 4, 12
 _FEW, _SMALL = 16, 16
 #: Sizes that are compared of each such sum.
 _OF_EACH = 3
+#: Stands for the product of all axes among their names.
+_ELEMENTS = "*"
 _NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 
 Sizes = Mapping[str, int]
@@ -136,20 +138,25 @@ def limits(
 
 
 def isolated(guard: Guard, interface: Interface) -> list[dict[str, int]]:
-    """Sizes to compare on where a guard fails at a few small sizes of one axis, or sum of axes, only, whatever the
-    others are:
-    torch takes a length that is 1 there for a case of its own, which says nothing of whether the graph is right.
-    Empty for any other guard, and one that holds everywhere."""
+    """Sizes to compare on where a guard fails at a few small sizes of one axis only, or of a sum of axes, or for so
+    few tokens, whatever the others are: torch takes a length that is 1 there for a case of its own, which says
+    nothing of whether the graph is right. Empty for any other guard, and one that holds everywhere."""
     symbols = interface.symbols
     everything = (*_grid(symbols), *_near(guard, symbols), *_huge(symbols))
     failing = [sizes for sizes in everything if not guard.holds(sizes)]
     if not failing:
         return []
-    complete = [interface.complete(sizes) for sizes in everything]
-    for symbol in complete[0]:  # the axes' own, and sums of them
-        values = {interface.complete(sizes)[symbol] for sizes in failing}
+
+    def counted(sizes: Sizes) -> dict[str, int]:
+        return {**interface.complete(sizes), _ELEMENTS: math.prod(sizes[each] for each in symbols)}
+
+    complete = [counted(sizes) for sizes in everything]
+    for symbol in complete[0]:  # the axes' own, sums of them, and the number of tokens
+        values = {counted(sizes)[symbol] for sizes in failing}
         alone = len(failing) == sum(sizes[symbol] in values for sizes in complete)
         if not alone or len(values) > _FEW or max(values) > _SMALL:
+            continue
+        if symbol == _ELEMENTS and len(values) != max(values):  # not all numbers of tokens up to one
             continue
         if symbol in symbols:
             return [
@@ -160,9 +167,7 @@ def isolated(guard: Guard, interface: Interface) -> list[dict[str, int]]:
         return [
             sizes
             for value in sorted(values)
-            for sizes in _spread([each for each in failing if interface.complete(each)[symbol] == value])[
-                :_OF_EACH
-            ]
+            for sizes in _spread([each for each in failing if counted(each)[symbol] == value])[:_OF_EACH]
         ]
     return []
 

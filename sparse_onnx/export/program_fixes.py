@@ -1,9 +1,15 @@
-"""Operators of a traced program that torch's ONNX exporter would translate wrongly."""
+"""What torch puts into a traced program that its ONNX exporter would translate wrongly, or that is not so."""
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
+import sympy
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._sympy.value_ranges import bound_sympy
 
 from sparse_onnx.core.errors import ImpossibleError
 
@@ -98,3 +104,38 @@ def _compute_in_type(node: fx.Node) -> None:
     cast.meta = {**node.meta, "val": before.to(kind)}
     node.args = (cast, *(node.args[1:2] if positional else node.args[1:]))
     node.kwargs = {name: value for name, value in node.kwargs.items() if name != "dtype"}
+
+
+def drop_traced_bounds(program: torch.export.ExportedProgram) -> None:
+    """Takes out assertions, in place, that a size is at least what it is for axes of 2. torch takes each dynamic axis
+    for 2 or more: of rows that are as many as an expression of axes says, and it asserts that too, it asserts the
+    bound of that expression. One token then fails for no reason of the model's."""
+    graph = program.graph
+    asserted = [(node, node.args[0]) for node in graph.nodes if node.target is _aten._assert_scalar.default]
+    equal = [pair for _, each in asserted if (pair := _sides(each, operator.eq)) is not None]
+    least: dict[Any, Any] = {}
+    for sides in equal:
+        for symbol, size in (sides, sides[::-1]):
+            if symbol.is_Symbol and not _unbacked(size) and size.free_symbols:
+                least[symbol] = bound_sympy(size, program.range_constraints).lower
+    for node, each in asserted:
+        found = _sides(each, operator.ge)
+        if found is not None and found[0] in least and found[1].is_number and found[1] <= least[found[0]]:
+            graph.erase_node(node)
+    program.graph_module.recompile()
+
+
+def _sides(node: Any, relation: Any) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """Both sides of a comparison of sizes, as formulas."""
+    if not isinstance(node, fx.Node) or node.target is not relation:
+        return None
+    values: list[Any] = [each.meta.get("val") if isinstance(each, fx.Node) else each for each in node.args]
+    if not all(type(each) in (int, torch.SymInt) for each in values):
+        return None
+    # Not `expr`, in which what is asserted to be equal is put in already.
+    left, right = (sympy.Integer(each) if type(each) is int else each.node._expr for each in values)
+    return left, right
+
+
+def _unbacked(size: sympy.Expr) -> bool:
+    return bool(free_unbacked_symbols(size))

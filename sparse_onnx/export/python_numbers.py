@@ -19,6 +19,7 @@ import torch
 from sparse_onnx.core.errors import ImpossibleError
 
 _op: Any = onnxscript.opset18
+_MOST = 2**63 - 1
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 _INTEGERS: dict[Any, str] = {operator.mul: "Mul", operator.add: "Add", operator.sub: "Sub"}
 _COMPARED: dict[Any, str] = {
@@ -60,12 +61,23 @@ def _arithmetic(name: str) -> Callable[[Any, Any], Any]:
     return translate
 
 
+def _comparison(name: str) -> Callable[[Any, Any], Any]:
+    """torch asserts that sizes are below its own infinity, 2**63 and more, which no int64 holds; nor does any size
+    come near."""
+    plain = _arithmetic(name)
+
+    def bounded(value: Any) -> Any:
+        return max(-_MOST, min(_MOST, value)) if isinstance(value, int) else value
+
+    return lambda left, right: plain(bounded(left), bounded(right))
+
+
 def _quotient(left: Any, right: Any) -> Any:
     return _op.Div(_double(left), _double(right))
 
 
 def _differs(left: Any, right: Any) -> Any:
-    return _op.Not(_arithmetic("Equal")(left, right))
+    return _op.Not(_comparison("Equal")(left, right))
 
 
 def _negative(value: Any) -> Any:
@@ -90,7 +102,8 @@ def _round(value: Any, digits: Any = None) -> Any:
 
 #: Translations by Python function.
 TABLE: dict[Any, Callable[..., Any]] = {
-    **{function: _arithmetic(name) for function, name in {**_INTEGERS, **_COMPARED}.items()},
+    **{function: _arithmetic(name) for function, name in _INTEGERS.items()},
+    **{function: _comparison(name) for function, name in _COMPARED.items()},
     torch.sym_max: _arithmetic("Max"),
     torch.sym_min: _arithmetic("Min"),
     operator.ne: _differs,

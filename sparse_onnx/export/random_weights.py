@@ -44,6 +44,8 @@ def fill(model: nn.Module) -> None:
     for path, module in model.named_modules():
         transposed = bool(getattr(module, "is_transposed", False))
         for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.numel():  # a shared expert of no width, where a configuration says 0 of them
+                continue
             deviation = _deviation(name, parameter, transposed)
             if id(parameter) in embeddings:
                 deviation = 1.0

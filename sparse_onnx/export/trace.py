@@ -32,7 +32,7 @@ from sparse_onnx.export import (
 from sparse_onnx.export.failure import root_line
 from sparse_onnx.export.samples import Interface
 from sparse_onnx.export.sources import Source, leaves
-from sparse_onnx.export.users import place_of
+from sparse_onnx.export.users import place_of, users_code
 
 _FIXED_AXIS = re.compile(
     r"You marked L\['(?P<name>\w+)'\]\.size\(\)\[(?P<axis>\d+)\] as dynamic "
@@ -79,11 +79,13 @@ def trace(source: Source, found: list[experts.Experts], opset: int, *, lift: boo
         }
         for name, spec in source.interface.inputs.items()
     }
-    with translate.quiet(), experts.hooked(found, grouped=source.is_transformers), _refused():
+    with translate.quiet(), experts.hooked(found, grouped=source.is_transformers), _refused(source, inputs):
         if source.is_transformers:
-            with scans.lifted(source.module) as ran:
-                traced, other = _trace_transformers(source, inputs, shapes, opset)
-            return dataclasses.replace(traced, lifted=tuple(dict.fromkeys([*ran, *other])))
+            flow = lifting.lifted(source.module) if lift else contextlib.nullcontext()
+            with scans.lifted(source.module) as ran, flow as rewritten:
+                traced, other = _trace_transformers(source, inputs, shapes, opset, rewritten=lift)
+            notes = () if rewritten is None else tuple(rewritten.notes)
+            return dataclasses.replace(traced, lifted=tuple(dict.fromkeys([*ran, *other])), notes=notes)
         if lift:
             with lifting.lifted(source.module) as lifted:
                 traced = _trace_module(source, inputs, shapes, opset, rewritten=True)
@@ -116,7 +118,7 @@ def _trace_module(
 
 
 def _trace_transformers(
-    source: Source, inputs: dict[str, Tensor], shapes: dict[str, Any], opset: int
+    source: Source, inputs: dict[str, Tensor], shapes: dict[str, Any], opset: int, *, rewritten: bool = False
 ) -> tuple[Traced, list[str]]:
     """The steps of transformers' `OnnxExporter.export_program`, with our operator in its table and without
     optimizer; and the names of classes whose forward was another."""
@@ -145,7 +147,13 @@ def _trace_transformers(
         utils.apply_fx_node_fixes("onnx", program.graph_module)
         program_fixes.apply(program.graph_module)
         table = {**operators.TABLE, **exporter_onnx._ONNX_TRANSLATION_TABLE, **cached_rows.TABLE}
-        model = translate.to_onnx(program, opset=opset, input_names=input_names, table=table)
+        if rewritten:
+            python_numbers.refuse_others(program.graph_module, rewritten=True)
+            table |= {**python_numbers.TABLE, **operators.TABLE}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not rewritten):
+            model = translate.to_onnx(program, opset=opset, input_names=input_names, table=table)
+        if rewritten:
+            python_numbers.retype(model)
     exporter_onnx._name_graph_outputs(model.graph, output_names)
     bodies: list[Any] = [model.graph, *model.functions.values()]
     for fix in exporter_onnx._IR_FIXES:
@@ -157,6 +165,7 @@ def _trace_transformers(
 def _runnable(program: torch.export.ExportedProgram, interface: Interface) -> Callable[..., Any]:
     """The program in torch. It takes 2 for the least size of any axis and lets smaller ones pass, but asserts what
     follows for an axis that is the sum of others: such bounds are lowered to the 2 that passes."""
+    program_fixes.drop_traced_bounds(program)
     ranges: Any = program.range_constraints
     for node in program.graph.nodes:
         spec = interface.inputs.get(node.name) if node.op == "placeholder" else None
@@ -180,12 +189,14 @@ def _symbols(program: torch.export.ExportedProgram, interface: Interface) -> dic
 
 
 @contextlib.contextmanager
-def _refused() -> Iterator[None]:
+def _refused(source: Source, inputs: dict[str, Tensor]) -> Iterator[None]:
     try:
         yield
     except ImpossibleError:
         raise
     except Exception as error:  # torch's export errors share no base class, and traced code raises anything
+        with users_code(source.name, "the model"):  # such as one that its configuration does not go with
+            source.forward(inputs)
         fixed = _FIXED_AXIS.search(str(error))
         if fixed is not None:
             raise ImpossibleError(

@@ -29,6 +29,14 @@ def test_the_sizes_to_compare_on() -> None:
     assert {sizes["batch"] for sizes in isolated("B != 1")} == {1}
 
 
+def test_few_tokens() -> None:
+    """As a capacity of one token for each expert, for up to seven of them."""
+    sizes = isolated("max(1, math.trunc(B*S / 4)) != 1")
+    assert {each["batch"] * each["sequence"] for each in sizes} == {1, 2, 3, 4, 5, 6, 7}
+    assert {"batch": 1, "sequence": 7} in sizes and {"batch": 3, "sequence": 2} in sizes
+    assert isolated("B*S // 4 != 1") == []  # four to seven: not where there is next to nothing
+
+
 class Cached(samples.Interface):
     """As a decoder's: the length of the mask is a sum."""
 

@@ -14,10 +14,18 @@ from sparse_onnx.core.errors import ImpossibleError  # noqa: E402
 #: Refused, and a part of the reason.
 REFUSED = {
     "ponder": "while (halted < 1).any():",
+    "split_by_unique": "makes a Python list of a length that depends on tensor values",
     "mixture_of_depths": "the trace is right only where max(1, trunc(0.5*",
 }
 #: Few, each of another kind: the rest is slow.
-QUICK = ("loop_continue", "loop_hits_packed", "sorted_slices", "early_exit_layers", "soft_mixture")
+QUICK = (
+    "loop_continue",
+    "loop_hits_packed",
+    "sorted_slices",
+    "early_exit_layers",
+    "soft_mixture",
+    "sparse_mixer",
+)
 
 
 def check(name: str, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export.lifting import graph_edits, views
 from sparse_onnx.export.lifting.program import Program, data_dependent, name_of, tracing, value_of
 from sparse_onnx.export.lifting.values import Place, refuse
@@ -21,20 +22,31 @@ from sparse_onnx.export.lifting.values import Place, refuse
 if TYPE_CHECKING:
     from sparse_onnx.export.lifting.runtime import Runtime
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 _HINT = "loop over all experts, range(number of experts), or write an adapter (--adapter)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-    """`tensor.tolist()` of a length that depends on tensors: good for looping over it. A set has no order to rely
-    on."""
+    """`tensor.tolist()` of a length that depends on tensors: good for looping over it, and as an index. A set has no
+    order to rely on."""
 
     tensor: Tensor
     place: Place
     ordered: bool = True
 
+    def refusal(self) -> ImpossibleError:
+        return refuse(self.place, "makes a Python list of a length that depends on tensor values", _HINT)
+
+    def as_index(self) -> Tensor:
+        """What picks the same as this list does, which is a copy of the tensor as it was. A list of truths is no mask
+        to rely on, and one of lists is an index of several axes to some."""
+        if not self.ordered or self.tensor.dim() != 1 or self.tensor.dtype not in INTEGERS:
+            raise self.refusal()
+        return self.tensor
+
     def _refused(self, *args: Any) -> Any:
-        raise refuse(self.place, "makes a Python list of a length that depends on tensor values", _HINT)
+        raise self.refusal()
 
     __len__ = __iter__ = __getitem__ = __bool__ = __add__ = __radd__ = _refused
 
@@ -61,8 +73,7 @@ def of(items: Any, runtime: Runtime, place: Place | None) -> Iterator[tuple[Any,
         raise refuse(place, "loops in Python over a dynamic axis", "use tensor operations, or make it static")
     if not data_dependent(length):
         return None
-    program = Program(tracing().tracer.graph, tracing().tracer.root)
-    program.count_writes()
+    program = _program(runtime)
     node = graph_edits.node_of(tensor)
     hits = _found(program, node) if node is not None else None
     if hits is None or any(not isinstance(size, int) or size != 1 for size in tensor.shape[1:]):
@@ -149,14 +160,17 @@ def _is_column(node: Any) -> bool:
     return len(sizes) >= 1 and all(isinstance(size, int) and size == 1 for size in sizes[1:])
 
 
-def bound_of(tensor: Tensor) -> int | None:
-    """A number that all elements of a tensor of the trace, integers from 0 on, stay below."""
-    node = graph_edits.node_of(tensor)
-    if node is None:
-        return None
+def _program(runtime: Runtime) -> Program:
     program = Program(tracing().tracer.graph, tracing().tracer.root)
     program.count_writes()
-    return bound(program, node)
+    program.bounds = runtime.bounds()
+    return program
+
+
+def bound_of(tensor: Tensor, runtime: Runtime) -> int | None:
+    """A number that all elements of a tensor of the trace, integers from 0 on, stay below."""
+    node = graph_edits.node_of(tensor)
+    return None if node is None else bound(_program(runtime), node)
 
 
 def bound(program: Program, node: Any, depth: int = 0) -> int | None:
@@ -166,6 +180,8 @@ def bound(program: Program, node: Any, depth: int = 0) -> int | None:
     below, _ = views.base(program, node, {})
     if below is not node:
         return bound(program, below, depth + 1)
+    if node in program.bounds:
+        return program.bounds[node]
     name, args = name_of(node), node.args
     if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
         several, index = args
@@ -204,6 +220,15 @@ def bound(program: Program, node: Any, depth: int = 0) -> int | None:
         each = [bound(program, part, depth + 1) for part in args[0]]  # type: ignore[union-attr]
         return None if None in each or not each else max(each)  # type: ignore[type-var]
     return None
+
+
+def bounds(module: nn.Module) -> dict[str, int]:
+    """Of each buffer of integers from 0 on, such as hash routing's table of experts, a number that they stay below;
+    the graph holds them as they are. Not to be asked in a trace."""
+    tables = {
+        name: table for name, table in module.named_buffers() if table.dtype in INTEGERS and table.numel()
+    }
+    return {name: int(table.max()) + 1 for name, table in tables.items() if int(table.min()) >= 0}
 
 
 def _size(node: fx.Node, position: int) -> int | None:

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
-from sparse_onnx.export.lifting import einsum, strides
+from sparse_onnx.export.lifting import einsum, slices, strides
+from sparse_onnx.export.lifting.hits import Numbers
 from sparse_onnx.export.lifting.values import SomeItems
 
 _NUMBERS = {
@@ -98,7 +100,12 @@ class Calls(TorchFunctionMode):
             number: Any = _NUMBERS[func]
             return number(constant)
         if func is Tensor.__getitem__ or func is Tensor.__setitem__:
-            args = (args[0], _plain(args[1]), *args[2:])
+            args = (args[0], _plain(_unlisted(args[1])), *args[2:])
+            if func is Tensor.__getitem__ and (rows := slices.first_rows(*args)) is not None:
+                return rows
+        for each in pytree.tree_leaves((args, kwargs)):
+            if isinstance(each, Numbers):
+                raise each.refusal()
         if func is torch.functional.einsum and (made := einsum.kept(*args)) is not None:
             return made
         if func in _SHAPED or func in _UNARY or (func in _BINARY and _unbroadcast(args)):
@@ -114,6 +121,13 @@ def _constant(value: Any) -> Tensor | None:
     """The value of a tensor that the trace knows."""
     found = getattr(value, "constant", None) if isinstance(value, torch._subclasses.FakeTensor) else None
     return found if isinstance(found, Tensor) else None
+
+
+def _unlisted(index: Any) -> Any:
+    """`x[rows.tolist()]` picks what `x[rows]` does."""
+    if isinstance(index, Numbers):
+        return index.as_index()
+    return tuple(map(_unlisted, index)) if type(index) is tuple else index
 
 
 def _plain(index: Any) -> Any:

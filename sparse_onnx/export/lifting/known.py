@@ -22,6 +22,7 @@ _BLANK = ("aten::zeros", "aten::zeros_like", "aten::new_zeros")
 _NON_NEGATIVE = (
     "aten::one_hot",
     "aten::bincount",
+    "aten::histc",
     "aten::softmax",
     "aten::_softmax",
     "aten::sigmoid",
@@ -45,6 +46,7 @@ _KEEP_ZERO = (
     "aten::relu",
     "aten::masked_select",
 )
+_SUMS, _CASTS = ("aten::sum", "aten::cumsum"), ("aten::to", "aten::_to_copy")
 _PICKS = ("aten::slice", "aten::index", "aten::gather", "aten::index_select", "aten::expand", "aten::repeat")
 #: Functions of sizes that are not negative where their arguments are not.
 _KEEP_SIGN = frozenset(
@@ -157,11 +159,9 @@ class Known:
         value = value_of(node)
         if not isinstance(value, Tensor) or depth > DEPTH or not self.program.current(node):
             return False
-        if value.dtype in (torch.bool, torch.uint8) or name_of(node) in _NON_NEGATIVE:
+        if value.dtype in (torch.bool, torch.uint8) or name_of(node) in _NON_NEGATIVE or self._marks(node):
             return True
-        if self._marks(node):
-            return True
-        if name_of(node) in ("aten::sum", "aten::cumsum", *_PICKS) or views.is_copy(node):
+        if name_of(node) in (*_SUMS, *_CASTS, *_PICKS) or views.is_copy(node):
             return self.non_negative(node.args[0], depth + 1)
         if name_of(node) in ("aten::mul", "aten::add", "aten::div") and len(node.args) == 2:
             return all(self.non_negative(each, depth + 1) for each in node.args)
@@ -289,9 +289,9 @@ class Known:
         size = expression(value_of(node.args[0]).shape[dim])
         first = expression(0 if start is None else start)
         last = size if end is None or end == sys.maxsize else expression(end)
-        return None if not self._from_zero(first) or not self._from_zero(last) else (size, first, last)
+        return None if not self.from_zero(first) or not self.from_zero(last) else (size, first, last)
 
-    def _from_zero(self, formula: Any) -> bool:
+    def from_zero(self, formula: Any) -> bool:
         """Whether a number or formula is never negative."""
         if formula is None:
             return False
@@ -302,8 +302,8 @@ class Known:
             return formula.is_nonnegative is True if made is None else self._counts(formula, made)
         name = type(formula).__name__
         if name == "Max":
-            return any(self._from_zero(each) for each in formula.args)
-        return name in _KEEP_SIGN and all(self._from_zero(each) for each in formula.args)
+            return any(self.from_zero(each) for each in formula.args)
+        return name in _KEEP_SIGN and all(self.from_zero(each) for each in formula.args)
 
     def at_most(self, left: Any, right: Any) -> bool:
         """Whether one size is known to be no larger than another, which is not negative."""

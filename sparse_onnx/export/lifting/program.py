@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -96,6 +96,8 @@ class Program:
         for node in self.nodes:
             for symbol in _symbols(node.meta.get("val")):
                 self.made.setdefault(symbol, node)
+        #: What the integers of the module's own buffers, from 0 on, stay below.
+        self.bounds: Mapping[fx.Node, int] = {}
         self.written: dict[int, int] = {}
         self.first_written: dict[int, int] = {}
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from sparse_onnx.export.lifting import functions, hits, substitutes
+from sparse_onnx.export.lifting import functions, graph_edits, hits, substitutes
 from sparse_onnx.export.lifting.branch import Concrete, Lifted
 from sparse_onnx.export.lifting.program import Sym, data_dependent, storage, tracing, writes
 from sparse_onnx.export.lifting.values import Count, Negated, Place, SomeItems, Undefined, refuse, written
@@ -31,6 +31,18 @@ class Runtime:
         self._branches = 0
         self._watched: list[tuple[Place, int, int]] = []
         self._functions = functions.Functions(self)
+        self._bounds = hits.bounds(module)
+
+    def bounds(self) -> dict[fx.Node, int]:
+        """What the module's buffers of integers stay below, by their placeholders in the trace."""
+        now = dict(self.module.named_buffers())
+        nodes = {name: graph_edits.node_of(now[name]) for name in self._bounds if name in now}
+        # Once a buffer is written to, another node stands for it.
+        return {
+            node: self._bounds[name]
+            for name, node in nodes.items()
+            if node is not None and node.op == "placeholder"
+        }
 
     def note(self, place: Place, text: str) -> None:
         note = f"{written(place)} {text}"
@@ -154,7 +166,9 @@ class Runtime:
 
     def _as_truth(self, value: Any, place: Place) -> Any:
         if not self._depends(value):
-            return torch.tensor(_truth(value))
+            return torch.full(
+                (), _truth(value), dtype=torch.bool
+            )  # a constant could not go into a branch's graph
         if isinstance(value, (SomeItems, Count, Negated)):
             raise refuse(place, "joins conditions of which one is a list of an unknown length", _USE_TENSORS)
         condition = self._condition(value, place)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 from sparse_onnx.export.lifting import hits
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from sparse_onnx.export.lifting.runtime import Runtime
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat)
+_DTYPES = {bool: torch.bool, int: torch.int64, float: None}
 _STATIC = "use tensor operations, or make that axis static"
 
 
@@ -122,8 +124,12 @@ def _one_hot(runtime: Runtime, place: Place, plain: Any, tensor: Any, num_classe
 
 
 def _tensor(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
-    """`torch.tensor(capacity)`."""
+    """`torch.tensor(capacity)`; and on one side of a branch `torch.tensor(3)`, whose constant no graph of a condition
+    can hold."""
     value: Any = args[0] if args else None
+    if runtime.open and type(value) in _DTYPES and not set(kwargs) - {"dtype", "device"}:
+        dtype = kwargs.get("dtype") or _DTYPES[type(value)] or torch.get_default_dtype()
+        return torch.full((), value, dtype=dtype, device=kwargs.get("device"))
     if isinstance(value, _SYMBOLIC) and not set(kwargs) - {"dtype", "device"}:
         default = torch.int64 if isinstance(value, torch.SymInt) else torch.get_default_dtype()
         number: Any = value
@@ -171,6 +177,13 @@ def _cat(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) 
     return plain(*args, **kwargs)
 
 
+def _checkpoint(runtime: Runtime, place: Place, plain: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Without gradients it calls its function, which is the user's."""
+    own = ("use_reentrant", "context_fn", "determinism_check", "debug", "preserve_rng_state", "early_stop")
+    given = {key: value for key, value in kwargs.items() if key not in own}
+    return runtime.call(function, place)(*args, **given)
+
+
 def _item(runtime: Runtime, place: Place, plain: Any, tensor: Tensor) -> Any:
     return tensor.item() if plain is None else plain()
 
@@ -182,7 +195,7 @@ def _tolist(runtime: Runtime, place: Place, plain: Any, tensor: Tensor) -> Any:
         return tensor.item()
     length = tensor.shape[0]
     if isinstance(length, torch.SymInt):
-        return hits.Numbers(tensor, place)
+        return hits.Numbers(tensor.clone(), place)  # a list stays as it is when its tensor is written to
     return SomeItems(_tolist(runtime, place, plain, each) for each in tensor.unbind())
 
 
@@ -192,7 +205,7 @@ def _bincount(runtime: Runtime, place: Place, plain: Any, tensor: Tensor, *args:
     least = given.get("minlength", 0)
     if not _depends(runtime, tensor) or given.get("weights") is not None or not isinstance(least, int):
         return plain(tensor, *args, **kwargs) if plain is torch.bincount else plain(*args, **kwargs)
-    count = hits.bound_of(tensor)
+    count = hits.bound_of(tensor, runtime)
     if count is None or count > least:
         return plain(tensor, *args, **kwargs) if plain is torch.bincount else plain(*args, **kwargs)
     return F.one_hot(tensor, least).sum(0)
@@ -243,6 +256,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.one_hot: _one_hot,
     torch.tensor: _tensor,
     torch.bincount: _bincount,
+    torch.utils.checkpoint.checkpoint: _checkpoint,
     torch.cat: _cat,
     torch.concat: _cat,
     torch.concatenate: _cat,

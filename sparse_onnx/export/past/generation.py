@@ -16,6 +16,7 @@ from sparse_onnx.export import check, samples, ties
 from sparse_onnx.export.experts import Experts
 from sparse_onnx.export.past import cross_generation, reference
 from sparse_onnx.export.past.cross import CrossSource
+from sparse_onnx.export.past.recomputed import forgets_after
 from sparse_onnx.export.past.source import PastSource
 from sparse_onnx.export.users import users_code
 from sparse_onnx.targets import session as sessions
@@ -158,8 +159,9 @@ def _compared(
 
 
 def _count(source: PastSource, prompt: int) -> int:
-    longest = source.interface.longest
-    return _TOKENS if longest is None else min(_TOKENS, longest - prompt)
+    longest, forgets = source.interface.longest, forgets_after(source.module)
+    count = _TOKENS if longest is None else min(_TOKENS, longest - prompt)
+    return count if forgets is None or prompt > forgets else min(count, forgets - prompt + 1)
 
 
 def _prompts(source: PastSource, lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export import patches, samples
-from sparse_onnx.export.past import reference
+from sparse_onnx.export.past import recomputed, reference
 from sparse_onnx.export.past.cache import Decoder, presents
 from sparse_onnx.export.past.slots import HINT, Slot, blocks_axis, own_cache
 from sparse_onnx.export.samples import Interface, Kind, Spec
@@ -257,6 +257,7 @@ def with_past(source: Source) -> PastSource:
     )
     if stepwise:
         notes += (_STEPWISE,)
+    notes += recomputed.note(source.module)
     own = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
     changed = {"interface": interface, "is_transformers": True, "notes": (*source.notes, *notes)}
     return PastSource(**{**own, **changed}, slots=slots, plain=source, stepwise=stepwise)

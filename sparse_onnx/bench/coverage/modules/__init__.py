@@ -3,7 +3,7 @@
 Each case gives `(module, inputs, dynamic axes)`, in eval mode and with random weights.
 """
 
-from sparse_onnx.bench.coverage.modules import capacity, dense, depth, dispatch, loops
+from sparse_onnx.bench.coverage.modules import capacity, dense, depth, dispatch, loops, routers, rows
 from sparse_onnx.bench.coverage.modules.common import Build, Case
 
 MODULES: dict[str, Build] = {
@@ -12,6 +12,8 @@ MODULES: dict[str, Build] = {
     **dense.MODULES,
     **capacity.MODULES,
     **depth.MODULES,
+    **routers.MODULES,
+    **rows.MODULES,
 }
 
 __all__ = ["MODULES", "Build", "Case"]

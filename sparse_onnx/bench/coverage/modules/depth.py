@@ -45,6 +45,23 @@ class BranchyNet(nn.Module):
         return logits
 
 
+class ExitAt(nn.Module):
+    """Layers until the last token is sure enough; which layer that was is a second output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([MLP() for _ in range(3)])
+        self.halt = nn.Linear(HIDDEN, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for i, layer in enumerate(self.layers):
+            x = x + layer(x)
+            confidence = torch.sigmoid(self.halt(x[:, -1])).min()
+            if confidence > 0.5 and i < len(self.layers) - 1:
+                break
+        return x, torch.tensor(i)
+
+
 class GatedLayers(nn.Module):
     """Each layer by a gate on the mean token, as a Python number."""
 
@@ -128,6 +145,7 @@ class Ponder(nn.Module):
 MODULES: dict[str, Build] = {
     "early_exit": case(EarlyExit),
     "early_exit_layers": case(BranchyNet),
+    "exit_at": case(ExitAt),
     "gated_layers": case(GatedLayers),
     "either_or": case(EitherOr),
     "mixture_of_depths": case(MixtureOfDepths),
