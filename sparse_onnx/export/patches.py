@@ -141,29 +141,8 @@ def _experts_by_modality(
     return (total if self.shared_experts is None else total + self.shared_experts(hidden_states)), logits
 
 
-def _clamped(where: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    """NLLB's layers, which clamp a state in float16 of which something is infinite: by a choice instead of Python's
-    `if`. `where` gives whether they do."""
-
-    def forward(self: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        nothing = SimpleNamespace(any=lambda: False, all=lambda: True)
-        with (
-            mock.patch.object(torch, "isinf", lambda _: nothing),
-            mock.patch.object(torch, "isfinite", lambda _: nothing),
-        ):
-            state = original(self, *args, **kwargs)
-        if state.dtype != torch.float16:
-            return state
-        most = torch.finfo(state.dtype).max - 1000
-        return torch.where(where(state), state.clamp(min=-most, max=most), state)
-
-    return forward
-
-
 #: Class -> what stands in for its forward; called with the original one.
 FORWARDS: dict[str, Callable[..., Any]] = {
-    "NllbMoeEncoderLayer": _clamped(lambda state: ~state.isfinite().all()),
-    "NllbMoeDecoderLayer": _clamped(lambda state: state.isinf().any()),
     "PhimoeRotaryEmbedding": rotary.longrope,
     "Ernie4_5_VLMoeMoeBlock": _experts_by_modality,
     "JambaMambaMixer": recurrences.selective_scan,
