@@ -36,6 +36,7 @@ from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.sources import Source
 from sparse_onnx.graph import io, stats
 from sparse_onnx.inspect.blocks import block_records
+from sparse_onnx.inspect.hazards import hazards
 from sparse_onnx.passes.repair_cast_transpose import RepairCastTranspose
 from sparse_onnx.passes.repair_scatter_add import RepairScatterAdd
 from sparse_onnx.verify.compare import TOLERANCES
@@ -102,7 +103,7 @@ def run(
         notes.append(past.write_config(source, out))
     model = io.load(out)
     if not found:
-        notes += recognised.notes(out)
+        notes += [*recognised.notes(out), *hazards(model)]
     return Report(
         "export", model=stats.record(model, out), blocks=block_records(model), verify=record, notes=notes
     )
@@ -169,8 +170,9 @@ def neutral(model: ir.Model, symbols: Mapping[str, str], found: list[experts.Exp
     if half:
         operator_types.cast_where_undefined(model)
     RepairCastTranspose()(model)
-    if found and half:
-        # Sums that onnxruntime's CPU provider has in float32 only. Elsewhere recognisers are to read them as they are.
+    if (
+        found
+    ):  # scattered sums that are left are no experts'; in other models recognisers read them as they are
         RepairScatterAdd()(model)
     translate.label(model, symbols, found)
     blocks.attach_functions(model)
