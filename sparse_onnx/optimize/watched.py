@@ -11,6 +11,7 @@ import onnx_ir as ir
 from sparse_onnx.blocks.thresholded import is_thresholded
 from sparse_onnx.graph.build import Emitter, Namespace
 from sparse_onnx.graph.external import read_array
+from sparse_onnx.kernels.build import WEIGHTS_ENTRY
 from sparse_onnx.matching.layers import layer
 from sparse_onnx.matching.values import attribute
 from sparse_onnx.optimize.watched_experts import experts_error, index_of
@@ -54,7 +55,11 @@ class Dialled:
     ) -> None:
         self.level_input = level_input
         self.session = sessions.create_session(
-            model, threads=threads, entries=EXACT, name="the thresholded model", kernels=kernels
+            model,
+            threads=threads,
+            entries={**EXACT, WEIGHTS_ENTRY: "shared"},  # what is compared may be as large as memory
+            name="the thresholded model",
+            kernels=kernels,
         )
         self.names = [value.name for value in self.session.get_outputs()]
 

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from sparse_onnx.core.errors import ImpossibleError, SparseOnnxError, VerificationError
 from sparse_onnx.inspect.blocks import block_records
+from sparse_onnx.kernels.build import WEIGHTS_ENTRY
 from sparse_onnx.optimize.static import open_axes
 from sparse_onnx.package.contents import session_entries
 from sparse_onnx.targets import places
@@ -115,7 +116,8 @@ def outputs_of(
     entries: dict[str, str] | None = None,
 ) -> list[np.ndarray]:
     """What a file gives."""
-    session = create_session(os.fspath(path), provider=provider, kernels=kernels, entries=entries)
+    settings = {**(entries or {}), WEIGHTS_ENTRY: "shared"}  # for one run
+    session = create_session(os.fspath(path), provider=provider, kernels=kernels, entries=settings)
     return [np.asarray(array) for array in run(session, feeds, path.name)]
 
 

@@ -82,7 +82,8 @@ def create_session(
         entries: session configuration entries.
         name: what to call a model in memory in messages.
         optimized_to: a file that ORT writes the model to as it runs it.
-        kernels: run our native kernels, which must have been built.
+        kernels: run our native kernels, which must have been built. They hold copies of weights unless `entries` says
+            that these are shared.
         record: which provider gets which node can be asked afterwards (`placement.placed`).
 
     Raises:
@@ -120,9 +121,9 @@ def create_session(
     if not plans_memory_reuse(_MANY_NODES + 1, version):  # or the nodes need not be counted
         options.enable_mem_reuse = plans_memory_reuse(_nodes(model), version)
     if kernels:
-        from sparse_onnx.kernels import register_kernels
+        from sparse_onnx.kernels.build import WEIGHTS_ENTRY, register_kernels
 
-        register_kernels(options)
+        register_kernels(options, hold_weights=entries.get(WEIGHTS_ENTRY) != "shared")
     try:
         return onnxruntime.InferenceSession(source, options, providers=[(provider, given)])
     except Exception as error:  # ORT's exceptions share no base class
