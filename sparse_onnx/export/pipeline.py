@@ -103,7 +103,8 @@ def run(
         notes.append(past.write_config(source, out))
     model = io.load(out)
     if not found:
-        notes += [*recognised.notes(out), *hazards(model)]
+        notes += recognised.notes(out)
+    notes += hazards(model)
     return Report(
         "export", model=stats.record(model, out), blocks=block_records(model), verify=record, notes=notes
     )

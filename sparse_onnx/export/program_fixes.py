@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import numpy as np
 import sympy
 import torch
 from torch import Tensor, fx
@@ -17,6 +18,16 @@ _aten = torch.ops.aten
 #: Position of the scales among the arguments, and up to how many times as long an axis torch takes for exactly that
 #: many times as long, whatever the scale says.
 _RESIZED = {_aten.upsample_bilinear2d.vec: (3, 1), _aten.upsample_nearest2d.vec: (2, 2)}
+#: Position of the scales of all operators that may have some.
+_SCALED = {
+    **{target: place for target, (place, _) in _RESIZED.items()},
+    **dict.fromkeys((_aten.upsample_nearest1d.vec, _aten.upsample_nearest3d.vec), 2),
+    **dict.fromkeys((_aten._upsample_nearest_exact1d.vec, _aten._upsample_nearest_exact2d.vec), 2),
+    **dict.fromkeys((_aten._upsample_nearest_exact3d.vec,), 2),
+    **dict.fromkeys((_aten.upsample_linear1d.vec, _aten.upsample_trilinear3d.vec), 3),
+    **dict.fromkeys((_aten.upsample_bicubic2d.vec, _aten._upsample_bilinear2d_aa.vec), 3),
+    _aten._upsample_bicubic2d_aa.vec: 3,
+}
 #: Operators that torch computes in the type which is asked for; onnxscript's translation casts the result only.
 _IN_TYPE = frozenset(
     {
@@ -38,7 +49,7 @@ def apply(module: torch.nn.Module) -> None:
             for node in list(each.graph.nodes):
                 if node.target in (_aten.squeeze.dim, _aten.squeeze.dims):
                     _squeeze(node)
-                elif node.target in _RESIZED:
+                elif node.target in _SCALED:
                     _resize(node)
                 elif node.target in _IN_TYPE:
                     _compute_in_type(node)
@@ -65,12 +76,13 @@ def _squeeze(node: fx.Node) -> None:
 
 def _resize(node: fx.Node) -> None:
     """A scale such as 1.02 may leave the length of an axis as it is. torch copies it then; ONNX's Resize interpolates
-    by the scale all the same.
+    by the scale all the same. And torch multiplies lengths by scales in double precision, ONNX in single.
 
     Raises:
-        ImpossibleError: whether it does is open, as the length is.
+        ImpossibleError: whether the two differ is open, as the length is.
     """
-    place, most = _RESIZED[node.target]  # type: ignore[index]
+    place = _SCALED[node.target]  # type: ignore[index]
+    most = _RESIZED.get(node.target, (place, 0))[1]  # type: ignore[arg-type, call-overload]
     source = node.args[0]
     if len(node.args) <= place or node.args[place] is None or not isinstance(source, fx.Node):
         return
@@ -81,6 +93,11 @@ def _resize(node: fx.Node) -> None:
         if isinstance(old, int) and isinstance(new, int):
             if new in [times * old for times in range(1, most + 1)]:
                 scales[axis] = float(new // old)
+        elif float(np.float32(scale)) != scale:
+            raise ImpossibleError(
+                f"the model resizes an axis of open length by {scale:g}, which no float32 is: lengths may differ",
+                "make that axis static, or resize to a size or by a factor such as 2.5",
+            )
         elif 1 < scale < most + 1 and not scale.is_integer():
             raise ImpossibleError(
                 f"the model resizes an axis of open length by {scale:g}, which may keep its length",

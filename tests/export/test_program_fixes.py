@@ -65,12 +65,23 @@ def test_an_axis_that_keeps_its_length_is_copied(
 
 def test_an_open_axis_that_a_scale_may_keep_is_refused() -> None:
     free = torch.export.Dim.DYNAMIC
-    for scales, mode, refused in (((1.3, 2.0), "bilinear", True), ((2.0, 2.0), "nearest", False)):
+    for scales, mode, refused in (
+        ((1.3, 2.0), "bilinear", r"by 1\.3"),
+        ((1.25, 2.0), "bilinear", r"by 1\.25, which may keep"),
+        (
+            (2.3, 1.0),
+            "bilinear",
+            r"by 2\.3, which no float32 is",
+        ),  # 50 becomes 114, and 115 in single precision
+        ((0.7, 1.0), "bicubic", r"by 0\.7, which no float32 is"),
+        ((2.5, 2.0), "bilinear", ""),
+        ((2.0, 2.0), "nearest", ""),
+    ):
         program = torch.export.export(
             Resized(mode, scales), (torch.randn(1, 3, 8, 9),), dynamic_shapes={"x": {2: free, 3: free}}
         )
         if refused:
-            with pytest.raises(ImpossibleError, match=r"by 1\.3"):
+            with pytest.raises(ImpossibleError, match=refused):
                 program_fixes.apply(program.graph_module)
         else:
             program_fixes.apply(program.graph_module)
