@@ -77,12 +77,16 @@ def _vision_model(model: Any) -> Interface:
     return interface_of(inputs, axes)
 
 
+#: Of the note on a multimodal model whose other inputs are left out.
+TEXT_ALONE = "exported for text alone"
+
+
 def _about_modalities(model: Any) -> tuple[str, ...]:
     left_out = [name for name in _MODALITIES if getattr(model.config, name, None) is not None]
     if not left_out:
         return ()
     kinds = " and ".join(name.removesuffix("_config") for name in left_out)
-    return (f"the model takes {kinds} inputs too; exported for text alone: --multimodal exports all of it",)
+    return (f"the model takes {kinds} inputs too; {TEXT_ALONE}: --multimodal exports all of it",)
 
 
 def _arguments(model: Any) -> set[str]:

@@ -12,6 +12,7 @@ import torch
 from sparse_onnx.core.errors import ImpossibleError, UsageError
 from sparse_onnx.core.report import Report, VerifyRecord
 from sparse_onnx.export import adapters, experts, patches, pipeline
+from sparse_onnx.export.interfaces import TEXT_ALONE
 from sparse_onnx.export.multimodal import chain, cutting, generation, media, parts
 from sparse_onnx.export.multimodal.past import with_past
 from sparse_onnx.export.multimodal.prompts import prompt
@@ -170,7 +171,7 @@ def _report(
 ) -> Report:
     records = {FILES[part]: report.verify for part, report in made.items() if report.verify is not None}
     records["all files"] = record
-    notes = [note for note in source.notes if "text alone" not in note]
+    notes = [note for note in source.notes if TEXT_ALONE not in note]
     notes += [
         f"{FILES[each.kind]} takes {each.described} at a time" for each in whole.media if each.kind in made
     ]
