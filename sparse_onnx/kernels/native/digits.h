@@ -187,6 +187,6 @@ void row(const Weights& w, const Kept& kept, float* y, int64_t first, int64_t la
 
 int64_t row_scratch(const Weights& w, int64_t columns) {
   const int64_t padded = (columns + kChunk - 1) / kChunk * kChunk;
-  const int64_t blocks = w.scale && w.block_rows == 1 ? padded / kLeastBlock + 2 : 1;
+  const int64_t blocks = w.scale && w.block_rows == 1 ? padded / w.block_columns + 2 : 1;
   return 2 * padded + (kGroup + 2) * (blocks + 2 * kLanes);
 }

@@ -8,7 +8,6 @@
 template <class R>
 constexpr int group_of = R::bits == 4 ? 6 : 4;
 constexpr int kGroup = 8;  // the largest
-constexpr int kLeastBlock = 8;  // columns that share a scale, below which each weight is taken by itself
 
 template <int kCount>
 struct Count {
