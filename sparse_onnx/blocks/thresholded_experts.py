@@ -4,8 +4,8 @@
 
 Each row goes through the layer of the expert that its index names, which is `ThresholdedLinear` (see `thresholded`). A
 native kernel registered under the same name computes the rows of one expert together, and reads of its weights those
-of inputs that are kept; of experts without rows nothing. The body takes one expert with rows after the other,
-and refuses an index of E and above, not one below 0, which Gather counts from the end.
+of inputs that are kept; of experts without rows nothing. The body takes one expert with rows after the other.
+Both refuse an index outside [0, E): the body makes E of one below 0, which Gather would count from the end.
 
 The n-bit variant holds integers as `ThresholdedLinearNBits` does, blocks along `axis` 1 or 2 of W [E, K, N]. Its body
 widens them to 16 bits, all at once, since Gather takes none below a byte.
@@ -50,16 +50,19 @@ _BODY = string.Template("""
   kept = Where (skipped, nothing, distance)
   always = Constant <value = bool {1}> ()
   first_axis = Constant <value_ints = [0]> ()
+  first = Constant <value_int = 0> ()
   hit = Unique (index)
   hits = Size (hit)
   rows = Shape <start = 0, end = 1> (X)
+  experts = Shape <start = 0, end = 1> (folded_bias)
   width = Shape <start = 1, end = 2> (folded_bias)
   shape = Concat <axis = 0> (rows, width)
   no_rows = Expand (nothing, shape)$wide
   filled = Loop (hits, always, no_rows) <body = expert (int64 i, bool go, done) => (go_on, done_next) {
     go_on = Identity (go)
     e = Gather (hit, i)
-    e_row = Unsqueeze (e, first_axis)
+    below = Less (e, first)
+    e_row = Where (below, experts, e)
     mine = Equal (index, e)
     at = NonZero (mine)
     positions = Transpose <perm = [1, 0]> (at)
