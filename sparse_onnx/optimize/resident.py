@@ -7,7 +7,8 @@ In a body of If, Loop or Scan, ORT packs what the body itself or the graph aroun
 out. float16 matrices become float32 copies before they are packed.
 
 Thresholded layers hold copies of their weights, too: of their native kernels in large pages (`register_kernels`), or of
-ONNX Runtime's products in their functions' bodies.
+ONNX Runtime's products in their functions' bodies. Those are counted that the kernels hold: the body of layers of all
+experts holds none, but its integers of 4 bits as bytes.
 
 The sizes are those of resident memory, measured with ORT 1.32 on x86-64, without padding. Other processors may leave
 some n-bit weights as they are.
