@@ -124,6 +124,17 @@ def thresholded_experts(stored: str | None) -> tuple[list, dict]:
     return nodes, {**own, "tau": np.zeros(1, "f"), "bias": np.zeros((8, K), "f")}
 
 
+def biased() -> tuple[list, dict]:
+    """One input and many outputs: the bias is as large as the weights, and tau, read twice, is as large."""
+    wide = 4 * MB
+    weights = {name: np.full(wide, at, "f") for at, name in enumerate(("bias", "tau"))}
+    inputs = ["x", "w", "tau", "tau", "bias"]
+    return [helper.make_node("ThresholdedLinear", inputs, ["y"], domain="sparse_onnx")], {
+        "w": noise((1, wide)),
+        **weights,
+    }
+
+
 def nibbles() -> tuple[list, dict]:
     """The same with integers of 4 bits, in half of the bytes."""
     nodes, weights = thresholded_experts("int8")
@@ -303,6 +314,7 @@ THRESHOLDED = {
     "integers": (lambda: thresholded("int8"), 8 * (K * K + 5 * K * K // 8)),
     "experts": (lambda: thresholded_experts(None), 8 * MATRIX),
     "experts of integers": (lambda: thresholded_experts("int8"), 8 * (K * K + 5 * K * K // 8)),
+    "bias and thresholds": (biased, 4 * 4 * MATRIX),
     "branch": (lambda: thresholded_branch(False), MATRIX),
     "branch with its own": (lambda: thresholded_branch(True), MATRIX),
 }
