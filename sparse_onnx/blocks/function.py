@@ -12,20 +12,27 @@ from sparse_onnx.blocks.moe import is_neutral
 from sparse_onnx.blocks.spec import DOMAIN, DOMAIN_VERSION
 from sparse_onnx.blocks.thresholded import MIN_OPSET as THRESHOLDED_OPSET
 from sparse_onnx.blocks.thresholded import is_thresholded, thresholded_text
-from sparse_onnx.blocks.thresholded_experts import EXPERTS_OPSET, experts_text, is_of_experts
+from sparse_onnx.blocks.thresholded_experts import (
+    EXPERTS_N_BITS,
+    EXPERTS_OPSET,
+    experts_text,
+    is_of_experts,
+    widened,
+)
 from sparse_onnx.blocks.thresholded_gated import GATED_OPSET, gated_text, is_gated
 from sparse_onnx.core.errors import ModelError
 
 MIN_OPSET = 18
 
 
-def make_function(op: str, opset: int) -> ir.Function:
+def make_function(op: str, opset: int, wide: ir.DataType | None = ir.DataType.INT16) -> ir.Function:
     """The definition of a neutral operator.
 
     Args:
         op: ``MoE``, ``GatedMoE``, ``Combine``, ``ThresholdedLinear``, ``ThresholdedGatedMLP``,
             ``ThresholdedExpertLinear``, or one of the last three with ``NBits`` behind it.
         opset: the model's version of the default domain.
+        wide: what ``ThresholdedExpertLinearNBits`` casts integers to, see `widened`; others ignore it.
 
     Raises:
         ModelError: an opset that the body cannot be written in: below 18, of the n-bit layers below 21.
@@ -42,7 +49,7 @@ def make_function(op: str, opset: int) -> ir.Function:
         return ir.serde.deserialize_function(onnx.parser.parse_function(thresholded_text(op, opset)))
     if op in GATED_OPSET:
         return ir.serde.deserialize_function(onnx.parser.parse_function(gated_text(op, opset)))
-    text = experts_text(op, opset) if op in EXPERTS_OPSET else body_text(op, DOMAIN, opset)
+    text = experts_text(op, opset, wide) if op in EXPERTS_OPSET else body_text(op, DOMAIN, opset)
     function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
     (loop,) = (node for node in function if node.op_type == "Loop")
     count, condition, _ = loop.attributes["body"].as_graph().inputs
@@ -65,17 +72,21 @@ def attach_functions(model: ir.Model) -> bool:
     scopes: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     holders = []
     used: set[str] = set()
+    stored: set[ir.DataType | None] = set()  # by experts' layers
     for scope in scopes:
         nodes = ir.traversal.RecursiveGraphIterator(scope)
         neutral = (is_neutral, is_combine, is_thresholded, is_gated, is_of_experts)
-        found = {node.op_type for node in nodes if any(kind(node) for kind in neutral)}
+        own = [node for node in nodes if any(kind(node) for kind in neutral)]
+        found = {node.op_type for node in own}
+        stored |= {_type(node.inputs[2]) for node in own if node.op_type == EXPERTS_N_BITS}
         if found:
             holders.append(scope)
         used |= found
     if not used:
         return False
-    lacking = [op for op in sorted(used) if (DOMAIN, op, "") not in model.functions]
-    functions = [make_function(op, model.opset_imports.get("", 0)) for op in lacking]
+    wide = widened(stored)
+    lacking = [op for op in sorted(used) if not _has(model, op, wide)]
+    functions = [make_function(op, model.opset_imports.get("", 0), wide) for op in lacking]
     changed = bool(functions)
     for function in functions:
         model.functions[function.identifier()] = function
@@ -84,3 +95,18 @@ def attach_functions(model: ir.Model) -> bool:
             holder.opset_imports[DOMAIN] = DOMAIN_VERSION
             changed = True
     return changed
+
+
+def _type(value: ir.Value | None) -> ir.DataType | None:
+    if value is None:
+        return None
+    return value.dtype if value.const_value is None else value.const_value.dtype
+
+
+def _has(model: ir.Model, op: str, wide: ir.DataType | None) -> bool:
+    """Whether the model has the operator's definition; that of integers must widen them as its layers need it."""
+    function = model.functions.get((DOMAIN, op, ""))
+    if function is None or op != EXPERTS_N_BITS:
+        return function is not None
+    casts = {node.attributes["to"].as_int() for node in function if node.op_type == "Cast"}
+    return casts == (set() if wide is None else {int(wide)})

@@ -4,16 +4,19 @@
 
 Each row goes through the layer of the expert that its index names, which is `ThresholdedLinear` (see `thresholded`). A
 native kernel registered under the same name computes the rows of one expert together, and reads of its weights those
-of inputs that are kept; of experts without rows nothing. The body takes one expert with rows after the other,
-and refuses an index of E and above, not one below 0, which Gather counts from the end.
+of inputs that are kept; of experts without rows nothing. The body takes one expert with rows after the other.
+Both refuse an index outside [0, E): the body makes E of one below 0, which Gather would count from the end.
 
 The n-bit variant holds integers as `ThresholdedLinearNBits` does, blocks along `axis` 1 or 2 of W [E, K, N]. Its body
-widens them to 16 bits, all at once, since Gather takes none below a byte.
+takes those of 8 bits as they are. Gather takes none below a byte: those of 4 bits are widened, all at once, and ONNX
+Runtime keeps the wide ones from the creation of a session on; all layers of a model share the function, so to what they
+are widened is a matter of all their types (`widened`).
 """
 
 from __future__ import annotations
 
 import string
+from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -31,14 +34,15 @@ _HEAD = {
     EXPERTS: "(X, index, W, tau, centre, folded_bias)",
     EXPERTS_N_BITS: "<axis, block_size>(X, index, stored, scales, zero_points, tau, centre, folded_bias)",
 }
-_WIDE = """
-  wide = Cast <to = 5> (stored)
-  wide_points = Cast <to = 5> (zero_points)"""
+_WIDE = string.Template("""
+  wide = Cast <to = $type> (stored)
+  wide_points = Cast <to = $type> (zero_points)""")
+_BYTES = frozenset({ir.DataType.INT8, ir.DataType.UINT8})
 _TAKEN = {
     EXPERTS: "matrix_row = Gather (W, e_row)",
-    EXPERTS_N_BITS: """integers = Gather (wide, e_row)
+    EXPERTS_N_BITS: """integers = Gather ($wide, e_row)
     scale = Gather (scales, e_row)
-    points = Gather (wide_points, e_row)
+    points = Gather ($points, e_row)
     matrix_row = DequantizeLinear <axis: int = @axis, block_size: int = @block_size> (integers, scale, points)""",
 }
 _BODY = string.Template("""
@@ -50,16 +54,19 @@ _BODY = string.Template("""
   kept = Where (skipped, nothing, distance)
   always = Constant <value = bool {1}> ()
   first_axis = Constant <value_ints = [0]> ()
+  first = Constant <value_int = 0> ()
   hit = Unique (index)
   hits = Size (hit)
   rows = Shape <start = 0, end = 1> (X)
+  experts = Shape <start = 0, end = 1> (folded_bias)
   width = Shape <start = 1, end = 2> (folded_bias)
   shape = Concat <axis = 0> (rows, width)
   no_rows = Expand (nothing, shape)$wide
   filled = Loop (hits, always, no_rows) <body = expert (int64 i, bool go, done) => (go_on, done_next) {
     go_on = Identity (go)
     e = Gather (hit, i)
-    e_row = Unsqueeze (e, first_axis)
+    below = Less (e, first)
+    e_row = Where (below, experts, e)
     mine = Equal (index, e)
     at = NonZero (mine)
     positions = Transpose <perm = [1, 0]> (at)
@@ -80,9 +87,29 @@ def is_of_experts(node: ir.Node) -> bool:
     return node.domain == DOMAIN and node.op_type in EXPERTS_OPSET
 
 
-def experts_text(op: str, opset: int) -> str:
-    """The function in ONNX's text format, for a model of that opset."""
-    body = _BODY.substitute(wide=_WIDE if op == EXPERTS_N_BITS else "", taken=_TAKEN[op])
+def widened(types: Iterable[ir.DataType | None]) -> ir.DataType | None:
+    """What the body casts integers to before it takes one expert's: nothing where those of all layers are bytes, else
+    the least type that holds them.
+
+    Args:
+        types: of the integers of each layer; None is one that is not known.
+    """
+    kinds = frozenset(types)
+    if kinds and kinds <= _BYTES:
+        return None
+    if kinds and kinds <= {ir.DataType.INT8, ir.DataType.INT4, ir.DataType.UINT4}:
+        return ir.DataType.INT8
+    return (
+        ir.DataType.UINT8 if kinds and kinds <= {ir.DataType.UINT8, ir.DataType.UINT4} else ir.DataType.INT16
+    )
+
+
+def experts_text(op: str, opset: int, wide: ir.DataType | None = ir.DataType.INT16) -> str:
+    """The function in ONNX's text format, for a model of that opset; `wide`: of integers, see `widened`."""
+    cast, names = "", {"wide": "stored", "points": "zero_points"}
+    if op == EXPERTS_N_BITS and wide is not None:
+        cast, names = _WIDE.substitute(type=int(wide)), {"wide": "wide", "points": "wide_points"}
+    body = _BODY.substitute(wide=cast, taken=string.Template(_TAKEN[op]).substitute(names))
     return f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{op} {_HEAD[op]} => (Y)\n{{{body}}}'
 
 

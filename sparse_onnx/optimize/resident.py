@@ -7,7 +7,8 @@ In a body of If, Loop or Scan, ORT packs what the body itself or the graph aroun
 out. float16 matrices become float32 copies before they are packed.
 
 Thresholded layers hold copies of their weights, too: of their native kernels in large pages (`register_kernels`), or of
-ONNX Runtime's products in their functions' bodies.
+ONNX Runtime's products in their functions' bodies. Those are counted that the kernels hold: the body of layers of all
+experts holds none, but its integers of 4 bits as bytes.
 
 The sizes are those of resident memory, measured with ORT 1.32 on x86-64, without padding. Other processors may leave
 some n-bit weights as they are.
@@ -17,14 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
 from sparse_onnx.blocks.spec import DOMAIN
-from sparse_onnx.blocks.thresholded import LINEAR, N_BITS
-from sparse_onnx.blocks.thresholded_experts import EXPERTS, EXPERTS_N_BITS
-from sparse_onnx.blocks.thresholded_gated import GATED, GATED_N_BITS
+from sparse_onnx.blocks.thresholded import is_thresholded
+from sparse_onnx.blocks.thresholded_experts import is_of_experts
+from sparse_onnx.blocks.thresholded_gated import is_gated
 
 #: Inputs that kernels pack, where they are constant.
 _PACKED = {
@@ -35,12 +36,6 @@ _PACKED = {
     ("com.microsoft", "MatMulIntegerToFloat"): (1,),
     ("com.microsoft", "MatMulNBits"): (1,),
     ("com.microsoft", "QMoE"): (2, 5),
-    (DOMAIN, LINEAR): (1,),
-    (DOMAIN, N_BITS): (1, 2, 3),
-    (DOMAIN, EXPERTS): (2, 5),
-    (DOMAIN, EXPERTS_N_BITS): (2, 3, 4, 7),
-    (DOMAIN, GATED): (2, 4),
-    (DOMAIN, GATED_N_BITS): (2, 3, 4, 6, 7, 8),
 }
 _LEAST_HELD = 1 << 16  # bytes that a kernel copies
 _FLOAT = ("Gemm", "MatMul")
@@ -73,7 +68,7 @@ def residency(model: ir.Model) -> Residency:
     """What a session of the model will copy, from the graph alone: no weight is read."""
     movable: dict[int, int] = {}
     fixed: dict[int, int] = {}
-    held: dict[tuple[int, int], int] = {}  # by kernel, each of which has its own
+    held = 0  # by kernels, each of which has its own
     pending: list[tuple[ir.Graph, tuple[ir.Graph, ...]]] = [(model.graph, ())]
     while pending:
         graph, outer = pending.pop()
@@ -83,11 +78,11 @@ def residency(model: ir.Model) -> Residency:
                     continue
                 widened = value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT16
                 if node.domain == DOMAIN:
-                    held[id(node), id(value)] = size
+                    held += size
                     continue
                 (movable if value.graph is model.graph and not widened else fixed)[id(value)] = size
             pending += [(body, (graph, *outer)) for body in _bodies(node)]
-    return Residency(sum(movable.values()), sum(fixed.values()), sum(held.values()))
+    return Residency(sum(movable.values()), sum(fixed.values()), held)
 
 
 def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
@@ -102,7 +97,7 @@ def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
 
 def _packed(node: ir.Node) -> Iterator[tuple[ir.Value, int]]:
     """The constant inputs that the node's kernel packs, and the bytes of each packed copy."""
-    for index in _PACKED.get((node.domain, node.op_type), ()):
+    for index in _places(node):
         value = node.inputs[index] if index < len(node.inputs) else None
         if value is None or not value.is_initializer() or value.is_graph_input():
             continue
@@ -121,6 +116,15 @@ def _packed(node: ir.Node) -> Iterator[tuple[ir.Value, int]]:
                 yield value, 2 * tensor.nbytes
             elif tensor.dtype == ir.DataType.FLOAT or node.op_type not in _FLOAT:
                 yield value, tensor.nbytes
+
+
+def _places(node: ir.Node) -> Sequence[int]:
+    """Inputs that the node's kernel packs where they are constant; those of thresholded layers hold whatever is."""
+    if is_thresholded(node) or is_gated(node):
+        return range(len(node.inputs))
+    if is_of_experts(node):
+        return [at for at in range(len(node.inputs)) if at != 1]  # but the index
+    return _PACKED.get((node.domain, node.op_type), ())
 
 
 def _n_bits(node: ir.Node, scales: int) -> int | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -33,15 +35,45 @@ def _open(model: onnx.ModelProto, hold: bool) -> onnxruntime.InferenceSession:
     )
 
 
-def _large_bytes() -> int:
-    """Of this process, as far as they were asked for: ranges with the flag `hg`."""
+#: Prints, when asked, the bytes of large pages that the process has as far as they were asked for (ranges with the
+#: flag `hg`), less what it had at first. In a process of its own: numpy asks for large pages, too, and frees them.
+_ALONE = """
+import gc, sys
+import numpy as np
+import onnxruntime
+
+def large():
+    gc.collect()
     total, size = 0, 0
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    for line in open("/proc/self/smaps"):
         if line.startswith("Rss:"):
             size = int(line.split()[1]) * 1024
         elif line.startswith("VmFlags:") and " hg" in line:
             total += size
     return total
+
+def open_session(weights):
+    options = onnxruntime.SessionOptions()
+    if weights:
+        options.add_session_config_entry(sys.argv[3], weights)
+    options.register_custom_ops_library(sys.argv[2])
+    return onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+
+def say():
+    print(large() - before)
+
+x = np.ones((1, 1024), np.float32)
+before = large()
+"""
+
+
+def _alone(model: onnx.ModelProto, library: Path, folder: Path, script: str) -> list[int]:
+    """What `say()` printed in a process that does nothing else."""
+    onnx.save(model, folder / "m.onnx")
+    code = _ALONE + textwrap.dedent(script)
+    command = [sys.executable, "-c", code, str(folder / "m.onnx"), str(library), WEIGHTS_ENTRY]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [int(line) for line in run.stdout.split()]
 
 
 def _large(stored: str | None) -> Made:
@@ -59,30 +91,41 @@ def test_copies_change_nothing(stored: str | None, tokens: int, library: Path) -
 
 
 @_large_pages
-def test_sessions_hold_copies_and_let_them_go(library: Path) -> None:
+def test_sessions_hold_copies_and_let_them_go(library: Path, tmp_path: Path) -> None:
+    made, size = _large(None), 1024 * 1024 * 4
+    sizes = _alone(
+        made.model,
+        library,
+        tmp_path,
+        """
+        first = open_session("held")
+        say()
+        second = open_session("held")
+        say()
+        del first
+        second.run(None, {"X": x})
+        del second
+        say()
+        """,
+    )
+    assert size <= sizes[0] < 2 * size <= sizes[1] and sizes[2] < size
+
+
+def test_a_session_outlives_another_one(library: Path) -> None:
     made, x = _large(None), inputs(Layer(1024, 1024), 3)
-    expected, size = made.expected(x), 1024 * 1024 * 4
-    before = _large_bytes()  # numpy asks for large pages, too
-    first = _open(made.model, True)
-    assert _large_bytes() - before >= size
-    second = _open(made.model, True)
-    assert _large_bytes() - before >= 2 * size
+    first, second = (_open(made.model, True) for _ in range(2))
     del first
     gc.collect()
-    result = second.run(None, {"X": x})[0]
-    del second
-    gc.collect()
-    assert _large_bytes() - before < size
-    assert error(expected, result) < 3e-6
+    assert error(made.expected(x), second.run(None, {"X": x})[0]) < 3e-6
 
 
 @_large_pages
-def test_nothing_is_copied_where_it_was_not_wanted(library: Path) -> None:
-    made = _large(None)
-    before = _large_bytes()
-    session = _open(made.model, False)
-    assert _large_bytes() - before < 1024 * 1024 * 4
-    del session
+def test_nothing_is_copied_where_it_was_not_wanted(library: Path, tmp_path: Path) -> None:
+    script = """
+        session = open_session("shared")
+        say()
+        """
+    assert _alone(_large(None).model, library, tmp_path, script)[0] < 1024 * 1024 * 4
 
 
 def test_weights_that_a_caller_may_override_are_not_copied(library: Path) -> None:
@@ -124,14 +167,11 @@ def test_a_setting_that_there_is_not_is_refused(library: Path) -> None:
         options.register_custom_ops_library(str(library))
 
 
-def test_without_the_setting_weights_are_held(library: Path) -> None:
+@_large_pages
+def test_without_the_setting_weights_are_held(library: Path, tmp_path: Path) -> None:
     """Runtimes that know the library alone (genai, C++) give no setting."""
-    made = _large(None)
-    options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(str(library))
-    before = _large_bytes() if sys.platform == "linux" else 0
-    session = onnxruntime.InferenceSession(made.model.SerializeToString(), options)
-    if sys.platform == "linux" and "[never]" not in _SETTING.read_text():
-        assert _large_bytes() > before
-    x = inputs(Layer(1024, 1024), 1)
-    assert error(made.expected(x), session.run(None, {"X": x})[0]) < 3e-6
+    script = """
+        session = open_session("")
+        say()
+        """
+    assert _alone(_large(None).model, library, tmp_path, script)[0] >= 1024 * 1024 * 4

@@ -9,12 +9,14 @@ import sys
 import textwrap
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sparse_onnx import kernels
+from sparse_onnx.blocks import attach_functions
 from sparse_onnx.graph import io
 from sparse_onnx.optimize.resident import Residency, amount, note, residency
 
@@ -120,6 +122,25 @@ def thresholded_experts(stored: str | None) -> tuple[list, dict]:
         ),
     ]
     return nodes, {**own, "tau": np.zeros(1, "f"), "bias": np.zeros((8, K), "f")}
+
+
+def biased() -> tuple[list, dict]:
+    """One input and many outputs: the bias is as large as the weights, and tau, read twice, is as large."""
+    wide = 4 * MB
+    weights = {name: np.full(wide, at, "f") for at, name in enumerate(("bias", "tau"))}
+    inputs = ["x", "w", "tau", "tau", "bias"]
+    return [helper.make_node("ThresholdedLinear", inputs, ["y"], domain="sparse_onnx")], {
+        "w": noise((1, wide)),
+        **weights,
+    }
+
+
+def nibbles() -> tuple[list, dict]:
+    """The same with integers of 4 bits, in half of the bytes."""
+    nodes, weights = thresholded_experts("int8")
+    for name in "wz":
+        weights[name] = (weights[name] >> 4).astype(ml_dtypes.int4)
+    return nodes, weights
 
 
 def dynamic() -> tuple[list, dict]:
@@ -293,6 +314,7 @@ THRESHOLDED = {
     "integers": (lambda: thresholded("int8"), 8 * (K * K + 5 * K * K // 8)),
     "experts": (lambda: thresholded_experts(None), 8 * MATRIX),
     "experts of integers": (lambda: thresholded_experts("int8"), 8 * (K * K + 5 * K * K // 8)),
+    "bias and thresholds": (biased, 4 * 4 * MATRIX),
     "branch": (lambda: thresholded_branch(False), MATRIX),
     "branch with its own": (lambda: thresholded_branch(True), MATRIX),
 }
@@ -307,6 +329,24 @@ def test_native_kernels_hold_what_the_graph_tells(name: str, tmp_path: Path) -> 
     found = residency(io.load(path))
     assert found == Residency(0, 0, size)
     assert abs(own_memory(path, library) - size) < MATRIX
+
+
+BODIES = {
+    "floats": (lambda: thresholded_experts(None), 0),
+    "integers": (lambda: thresholded_experts("int8"), 0),
+    "integers of 4 bits": (nibbles, 8 * (K * K + K * K // 8)),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is told apart by what Linux counts")
+@pytest.mark.parametrize("name", BODIES)
+def test_bodies_of_experts_hold_only_what_they_widen(name: str, tmp_path: Path) -> None:
+    build, size = BODIES[name]
+    model = io.load(written(build(), tmp_path / "plain.onnx"))
+    model.opset_imports[""] = 21
+    attach_functions(model)
+    io.save(model, tmp_path / "m.onnx")
+    assert abs(own_memory(tmp_path / "m.onnx") - size) < MATRIX
 
 
 def test_inputs_and_shared_matrices(tmp_path: Path) -> None:

@@ -89,12 +89,12 @@ INLINE void straighten(const float* sums, Floats* out) {
   out[2] = (Floats)_mm512_shuffle_f32x4(b, d, 0x88), out[3] = (Floats)_mm512_shuffle_f32x4(b, d, 0xdd);
 }
 
-// Whether all values can become digits: no infinity, no NaN, and none so small that its factor is none.
+// Whether all values, moderate ones, can become digits: none is so small that its factor is none.
 bool has_digits(const Kept& kept) {
   bool good = true;
   for (int64_t at = 0; at < kept.count; ++at) {
     const float size = __builtin_fabsf(kept.value[at]);
-    good &= size == 0 || (size > 1e-25f && size < 1e30f);
+    good &= size == 0 || size > 1e-25f;
   }
   return good;
 }
@@ -168,7 +168,7 @@ void row(const Weights& w, const Kept& kept, float* y, int64_t first, int64_t la
   by_type(w.type, [&](auto reader) {
     using R = decltype(reader);
     if (R::bits == 4 && w.columns % 2) return one_by_one<R>(w, kept, y, first, last);
-    if (w.scale && w.columns == 1) return one_by_one<R>(w, kept, y, first, last);
+    if (w.scale && (w.columns == 1 || !moderate(kept.value, kept.count))) return one_by_one<R>(w, kept, y, first, last);
     if (!w.scale) return scaled_rows<R, false>(w, kept, -1, y, first, last, scratch);
     if (w.block_columns == 1) {
 #if defined(__AVX512F__)
@@ -187,6 +187,6 @@ void row(const Weights& w, const Kept& kept, float* y, int64_t first, int64_t la
 
 int64_t row_scratch(const Weights& w, int64_t columns) {
   const int64_t padded = (columns + kChunk - 1) / kChunk * kChunk;
-  const int64_t blocks = w.scale && w.block_rows == 1 ? padded / kLeastBlock + 2 : 1;
+  const int64_t blocks = w.scale && w.block_rows == 1 ? padded / w.block_columns + 2 : 1;
   return 2 * padded + (kGroup + 2) * (blocks + 2 * kLanes);
 }

@@ -94,14 +94,18 @@ int64_t dots_scratch(const Weights& w) {
 void dots(const Weights& w, const float* x, const int32_t* index, int64_t count, float* out, float* scratch) {
   by_type(w.type, [&](auto reader) {
     using R = decltype(reader);
-    if (!as_stored<R>(w)) {
+    const bool stored = as_stored<R>(w), turned = stored && !R::in_order;
+    if (!stored || (w.scale && !moderate(x, (w.columns + kChunk - 1) / kChunk * kChunk))) {
+      const auto place = [&](int64_t column) {  // where `lay` put it
+        return turned ? column / kChunk * kChunk + column % 8 * kLanes + column % kChunk / 8 : column;
+      };
       for (int64_t at = 0; at < count; ++at) {
         out[at] = 0;
         for (int64_t first = 0; first < w.columns; first += kStrip) {
           const int64_t last = least(first + kStrip, w.columns);
           numbers_of(w, index[at], first, last, scratch);
           float sum = 0;
-          for (int64_t column = first; column < last; ++column) sum += scratch[column - first] * x[column];
+          for (int64_t column = first; column < last; ++column) sum += scratch[column - first] * x[place(column)];
           out[at] += sum;
         }
       }

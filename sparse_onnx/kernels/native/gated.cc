@@ -15,11 +15,8 @@ using namespace sparse_onnx;
 
 namespace {
 
-constexpr int64_t kAlone = 1 << 16;  // products below which waking threads costs more than it gives
-constexpr int64_t kUnion = 32;       // tokens up to which a row of weights may be needed by none
-constexpr int64_t kPart = 64;        // rows of weights that a thread takes at a time, for several tokens
-constexpr int64_t kStripes = 512;    // and for many
-constexpr int64_t kMany = 96;        // tokens for which turning weights costs less than it gives: measured with AVX-512
+constexpr int64_t kPart = 64;  // rows of weights that a thread takes at a time, for several tokens; for many, kStrip
+constexpr int64_t kMany = 96;  // tokens for which turning weights costs less than it gives: measured with AVX-512
 
 struct Layer {
   Weights up, down;
@@ -72,7 +69,7 @@ void several(ort::KernelContext* context, const Layer& layer, const float* gate,
       std::fill(to + some, to + width, 0.0f);
     }
   });
-  const int64_t worth = tokens * count * up.columns >= kAlone ? (many ? kStripes : kPart) : std::max<int64_t>(1, count);
+  const int64_t worth = tokens * count * up.columns >= kAlone ? (many ? kStrip : kPart) : std::max<int64_t>(1, count);
   parallel(context, (count + worth - 1) / worth, [&](int64_t at) {
     const int64_t begin = at * worth, end = std::min(count, begin + worth);
     if (many)
@@ -81,17 +78,23 @@ void several(ort::KernelContext* context, const Layer& layer, const float* gate,
       best.cross(up, parts.get(), tokens, index.get() + begin, end - begin, ups.get() + begin, count,
                  scratch(best.cross_scratch(tokens)));
   });
-  if (count < up.rows) std::fill(hidden.get(), hidden.get() + tokens * up.rows, 0.0f);
+  const bool all = count == up.rows;
+  Room some(all ? 0 : 3 * count);  // of the units that are used: bias, gate and result
+  float *bias = some.get(), *chosen = bias + count, *found = chosen + count;
+  if (!all) {
+    std::fill(hidden.get(), hidden.get() + tokens * up.rows, 0.0f);
+    for (int64_t at = 0; at < count; ++at) bias[at] = layer.up_bias[index[at]];
+  }
   for (int64_t token = 0; token < tokens; ++token) {
     const float *own = gate + token * up.rows, *unit = ups.get() + token * count;
     float* to = hidden.get() + token * up.rows;
-    if (count == up.rows)
+    if (all) {
       best.gate(own, unit, layer.up_bias, layer.tau, count, to);
-    else
-      for (int64_t at = 0; at < count; ++at) {
-        const int64_t k = index[at];
-        best.gate(own + k, unit + at, layer.up_bias + k, layer.tau, 1, to + k);
-      }
+      continue;
+    }
+    for (int64_t at = 0; at < count; ++at) chosen[at] = own[index[at]];
+    best.gate(chosen, unit, bias, layer.tau, count, found);
+    for (int64_t at = 0; at < count; ++at) to[index[at]] = found[at];
   }
   const float none = 0;  // what was skipped is zero now
   product(context, layer.down, hidden.get(), tokens, Rule{&none, &none, 0, 0}, layer.bias, y);

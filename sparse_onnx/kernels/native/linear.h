@@ -38,6 +38,9 @@ struct Rule {
 // Columns are shared out in multiples of this: whole bytes, lines of the cache and vectors of every level.
 constexpr int64_t kColumns = 128;
 
+// Columns that one thread computes for many tokens: of its weights, parts of so many are floats in the cache.
+constexpr int64_t kStrip = 512;
+
 struct Level {
   const char* name;
   // Inputs that are kept, into index and value, which have room for count + 16; how many.

@@ -10,7 +10,6 @@ constexpr int kTokens = 3, kTile = 4;
 #endif
 constexpr int kDepth = kLanes == 16 ? 64 : 128;
 constexpr int kRun = 4;  // rows of weights for which one line is fetched
-constexpr int kStrip = 512;
 constexpr int kBatch = 258;  // tokens whose sums stay in the cache
 
 // Has a register hold what was loaded: compilers take it from memory again for each use, and loads become the limit.

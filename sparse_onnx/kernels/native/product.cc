@@ -21,11 +21,8 @@ namespace {
 // Runtime: parts follow from sizes and the machine, so results do not change with the threads, and a pool of fewer
 // threads takes several of them each.
 constexpr int64_t kEachThread = 1 << 17;
-constexpr int64_t kAlone = 1 << 16;    // products of many tokens, for the same
 constexpr int64_t kLeastRows = 16;     // that a thread takes
 constexpr int64_t kLeastBytes = 512;   // of a row that a thread reads, where threads share rows out
-constexpr int64_t kStrip = 512;        // columns that one thread computes for many tokens
-constexpr int64_t kUnion = 32;         // tokens up to which a row of weights may be needed by none
 // How many tokens may need a row of weights, on average over the rows that any needs, for tokens to be computed one by
 // one, each reading its own rows: measured with AVX-512, for weights as large as float32 and for integers.
 constexpr double kAgain = 1.7, kAgainIntegers = 6.5;

@@ -8,6 +8,9 @@
 
 namespace sparse_onnx {
 
+constexpr int64_t kAlone = 1 << 16;  // products of several tokens below which waking threads costs more than it gives
+constexpr int64_t kUnion = 32;       // tokens up to which a row of weights may be needed by none
+
 // Room for floats that begins on a line of the cache; nothing is written into it.
 class Room {
  public:

@@ -8,7 +8,6 @@
 template <class R>
 constexpr int group_of = R::bits == 4 ? 6 : 4;
 constexpr int kGroup = 8;  // the largest
-constexpr int kLeastBlock = 8;  // columns that share a scale, below which each weight is taken by itself
 
 template <int kCount>
 struct Count {
@@ -88,6 +87,13 @@ INLINE void add_group(const Group& group, const Weights& w, int shift, int64_t f
     end.row[r] = ends[r], end.next[r] = group.next[r] + column * R::bits / 8;
   }
   add_chunk<R, kMany>(end, 0, block(column), shift, sums + (column - first));
+}
+
+// Whether sums with such values stay finite, so that zero points can be taken off behind them.
+bool moderate(const float* value, int64_t count) {
+  int32_t large = 0;
+  for (int64_t at = 0; at < count; ++at) large |= !(__builtin_fabsf(value[at]) < 1e30f);  // of NaN, too
+  return !large;
 }
 
 // The weights of the kept input number `at`, or of the last one where there are no more.
@@ -182,7 +188,7 @@ void scaled_columns(const Weights& w, const Kept& kept, float* y, int64_t first,
   }
 }
 
-// Blocks that do not fit the vectors, and rows that begin within a byte.
+// Blocks that do not fit the vectors, rows that begin within a byte, and values that are not moderate.
 template <class R>
 void one_by_one(const Weights& w, const Kept& kept, float* y, int64_t first, int64_t last) {
   const int64_t across = w.scale ? w.columns / w.block_columns : 0;
