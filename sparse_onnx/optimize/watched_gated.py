@@ -15,7 +15,7 @@ from sparse_onnx.graph.external import read_array
 from sparse_onnx.matching.layers import layer
 from sparse_onnx.matching.values import attribute
 from sparse_onnx.sparsify.record import Acting
-from sparse_onnx.verify.compare import TOLERANCES, sizes
+from sparse_onnx.verify.compare import TOLERANCES, same_places, sizes
 
 #: Relative errors of types whose own rounding moves a value across a threshold.
 COARSE = {"float16": 2e-3, "bfloat16": 1.6e-2}
@@ -89,10 +89,12 @@ def judged(item: Acting, y: np.ndarray, expected: np.ndarray, gap: np.ndarray) -
     must not hide what is wrong with the others.
 
     Raises:
-        VerificationError: it is more than the type accounts for, or shapes or what is finite differ.
+        VerificationError: it is more than the type accounts for, or shapes or places of NaN and infinities differ.
     """
-    if y.shape != expected.shape or not np.array_equal(np.isfinite(y), np.isfinite(expected)):
-        raise VerificationError(f"layer '{item.layer}' differs from numpy in shape, or in what is finite")
+    if y.shape != expected.shape or not same_places(expected, y):
+        raise VerificationError(
+            f"layer '{item.layer}' differs from numpy in shape, or in where NaN and infinities are"
+        )
     if expected.size == 0:
         return 0.0
     error = float(np.nan_to_num(np.maximum(gap, 0) / sizes(expected, y)).max())

@@ -44,3 +44,18 @@ def test_nothing_at_all() -> None:
     assert judged(LAYER, y, expected, np.abs(y - expected)) == 0
     nothing = np.zeros((3, 32), np.float32)
     assert judged(LAYER, nothing, nothing.astype(np.float64), np.zeros((3, 32))) == 0
+
+
+@pytest.mark.parametrize(
+    ("there", "here"), [(np.inf, np.nan), (np.nan, np.inf), (np.inf, -np.inf), (np.nan, 1), (1, np.inf)]
+)
+def test_nan_and_the_infinities_are_told_apart(there: float, here: float) -> None:
+    expected, y = results()
+    expected[2, 3], y[2, 3] = there, here
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(y - expected)
+    with pytest.raises(VerificationError, match="where NaN and infinities are"):
+        judged(LAYER, y, expected, gap)
+    y[2, 3] = there
+    with np.errstate(invalid="ignore"):
+        assert judged(LAYER, y, expected, np.abs(y - expected)) < 1e-6
