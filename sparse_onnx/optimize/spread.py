@@ -43,10 +43,13 @@ class Spread:
 
 
 def spread(block: MoEBlock | CombineBlock, planned: Sequence[Planned]) -> Spread | None:
-    """Of a block's tokens; None where no threshold that they are compared with is marked on it."""
+    """Of a block's tokens; None where the plan has no thresholds of them: without any, or with those of its gate's
+    activation alone."""
     plan = next((item.run.plan for item in planned if isinstance(item.run, InsertThresholds)), None)
     if plan is None or plan.top_k or not isinstance(block, MoEBlock):  # top_k: whatever the size
         return None
     marks = marked(block.node)
-    names = [marks[role].site for role in block.spec.roles[:-1] if role in marks]
-    return Spread.of(plan.sites[names[0]]) if names and names[0] in plan.sites else None
+    # Where `down` alone skips inputs, the plan still knows those of `up`.
+    names = [marks[role].site for role in block.spec.roles[:-1] if role in marks] + [f"{block.name}.up"]
+    site = next((plan.sites[name] for name in names if name in plan.sites), None)
+    return Spread.of(site) if marks and site is not None else None
