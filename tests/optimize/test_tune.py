@@ -323,3 +323,37 @@ def skipped(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, float]:
         distance = np.abs(seen[item.input] - values[item.centre].const_value.numpy())
         found.setdefault(item.site, []).append((distance <= seen[item.bound]).ravel())
     return {name: float(np.concatenate(parts).mean()) for name, parts in found.items()}
+
+
+def test_another_sparsity_or_kernels_are_measured_anew(
+    tmp_path: Path, timed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_external(layered_model(SHAPE), tmp_path / "in.onnx")
+    x = np.random.default_rng(0).standard_normal((500, 32)).astype(np.float32)
+    np.savez(tmp_path / "train.npz", x=x)
+    sparse_onnx.calibrate(source, tmp_path / "train.npz", tmp_path / "calib.json", threads=1)
+    built = [False]
+    monkeypatch.setattr("sparse_onnx.optimize.candidates.is_built", lambda: built[0])
+    monkeypatch.setattr(tuner, "is_built", lambda: False)  # timed without them all the same
+    measured = timed([], 2.0, 2.0, 2.0)
+    file = tmp_path / "t.json"
+
+    def run(sparsity: float, tune: bool = True) -> int:
+        sparse_onnx.optimize(
+            source,
+            tmp_path / "out.onnx",
+            tune=tune,
+            tokens=(1,),
+            tuning=file,
+            thresholds=tmp_path / "calib.json",
+            sparsity=sparsity,
+            verify="none",
+        )
+        return len(measured)
+
+    assert [run(0.3), run(0.3), run(0.3, tune=False)] == [1, 1, 1]
+    with pytest.raises(UsageError, match="no measurement of blocks"):
+        run(0.6, tune=False)
+    assert [run(0.6), run(0.6)] == [2, 2]
+    built[0] = True
+    assert [run(0.3), run(0.3)] == [3, 3]
