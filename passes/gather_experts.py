@@ -26,12 +26,13 @@ CPU, and takes the rest.
 With thresholds (`optimize --thresholds`, mode native) no matrix is gathered: sparse_onnx::ThresholdedExpertLinear and
 ThresholdedExpertLinearNBits take the slots with all experts' weights, and their native kernel reads of each slot's
 expert those of inputs that are kept, rows of one expert together. That is made for CPU and any number of tokens: in the
-functions' bodies shapes are not static.
+functions' bodies shapes are not static, and a provider that does not load the kernels is left with a Loop over the
+experts. So `optimize` sets `thresholds=false` for every target but those of ONNX Runtime's own CPU provider.
 
 Refused: blocks of quantized weights that run across experts, experts that do not begin on whole bytes, integers or
 scales that are no constants; numbers of experts that the graph does not tell; opsets below 18; thresholds of other
-modes than native, on units behind a gate (CATS), on weights that are computed, or with index=int32. `Combine` (experts
-of any body) is not handled: such experts have no packed weights to gather.
+modes than native, on units behind a gate (CATS), on weights that are computed, with index=int32, or with
+thresholds=false. `Combine` (experts of any body) is not handled: such experts have no packed weights to gather.
 """
 
 from __future__ import annotations
@@ -64,7 +65,17 @@ class GatherExperts(IndexedLowering):
         "each slot's weights gathered, one batched product: static shapes for targets that need them"
     )
 
+    thresholds: bool = dataclasses.field(
+        default=True,
+        metadata={"help": "take blocks with thresholds, by an operator whose native kernel is of the CPU"},
+    )
+
     def problem(self, block: MoEBlock, opset: int) -> Problem | None:
+        if marked(block.node) and not self.thresholds:
+            return (
+                "with thresholds it is an operator whose kernel runs on ONNX Runtime's CPU provider alone",
+                "take grouped or branched, or the target cpu",
+            )
         if marked(block.node) and self.index != INDEX_TYPES[0]:
             return "experts with thresholds are numbered in int64", "leave out index=int32"
         found = (gather_obstacle(value, role) for role, value in block.weights.items())

@@ -145,6 +145,8 @@ def optimize(
             prefill=prefill,
         )
         settings.setdefault("insert_thresholds", {})
+        if profile.provider != CPU:  # nothing else loads the kernel of the form `gathered`
+            settings.setdefault("gather_experts", {}).setdefault("thresholds", "false")
     elif any(given is not None for given in (budget, sparsity, dense_first, tokenizer)) or (
         tuple(eval_data),
         method,

@@ -18,8 +18,10 @@ from sparse_onnx.blocks.moe import is_zero
 from sparse_onnx.blocks.quantized import Quantized
 from sparse_onnx.blocks.routing import never_dropped
 from sparse_onnx.graph import io
+from sparse_onnx.kernels import is_built
 from sparse_onnx.matching.signs import non_negative
 from sparse_onnx.optimize.runner import Planned
+from sparse_onnx.sparsify.record import thresholds_of
 from sparse_onnx.verify.extract import extract
 from sparse_onnx.verify.metadata import named_values
 
@@ -48,13 +50,13 @@ def kinds(model: ir.Model) -> list[Kind]:
     """The kinds of neutral blocks in a model, in the order of their first block."""
     groups: dict[str, Kind] = {}
     for block in neutral_blocks(model):
-        kind = Kind(_facts(block), (block.name,))
+        kind = Kind(_facts(block, model), (block.name,))
         known = groups.get(kind.key)
         groups[kind.key] = kind if known is None else Kind(known.facts, (*known.names, block.name))
     return list(groups.values())
 
 
-def _facts(block: MoEBlock | CombineBlock) -> dict[str, object]:
+def _facts(block: MoEBlock | CombineBlock, model: ir.Model) -> dict[str, object]:
     weight_type = block.expert_weight.dtype
     facts: dict[str, object] = {
         "operator": block.op,
@@ -71,7 +73,8 @@ def _facts(block: MoEBlock | CombineBlock) -> dict[str, object]:
     if isinstance(block, CombineBlock):
         return facts | {"bodies": sorted({node.op_type for node in block.nodes})}
     marks = {role: [mark.mode, mark.top_k] for role, mark in marked(block.node).items()}
-    facts |= {"thresholds": marks} if marks else {}
+    # How much is skipped, and whether by the native kernels, decides what is fastest.
+    facts |= {"thresholds": marks, "level": _level(model), "kernels": is_built()} if marks else {}
     stored = {}
     for role in block.spec.roles:
         weight = Quantized.of(block.weights[role])
@@ -81,6 +84,13 @@ def _facts(block: MoEBlock | CombineBlock) -> dict[str, object]:
         )
         stored[role] = [bits, biased]
     return facts | {"inner": block.inner, "spec": block.spec.attributes(), "stored": stored}
+
+
+def _level(model: ir.Model) -> int | None:
+    """That its thresholds are at now."""
+    record = thresholds_of(model)
+    dial = None if record is None else model.graph.initializers.get(record.level_input)
+    return None if dial is None or dial.const_value is None else int(dial.const_value.numpy())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from sparse_onnx.kernels import is_built
 from sparse_onnx.optimize.candidates import Alone, Kind, NotBuilt, build, kinds
 from sparse_onnx.optimize.choose import stored_bits
 from sparse_onnx.optimize.runner import Planned
+from sparse_onnx.optimize.spread import Spread, spread
 from sparse_onnx.targets import TargetProfile, machine
 
 #: Inputs of a token count; every other one has a skewed routing.
@@ -133,9 +134,11 @@ class _Tuner:
         self.model, self.profile, self.planned = model, profile, planned
         self.tokens, self.threads, self.folder, self.progress = tokens, threads, folder, progress
         self.cold = Eviction()
+        self.spread: Spread | None = None
 
     def tune(self, kind: Kind) -> Measurement:
         block = next(each for each in neutral_blocks(self.model) if each.name == kind.names[0])
+        self.spread = spread(block, self.planned)
         bits = str(stored_bits(block))
         candidates = [Form.parse(text) for text in self.profile.candidates.get(bits, ())]
         if "thresholds" in kind.facts and _OF_ALL.name in self.profile.form_names:
@@ -195,7 +198,9 @@ class _Tuner:
         sessions = [contestants.create(each.path, self.threads, kernels) for each in (first, second)]
         results = {}
         for count in self.tokens:
-            feeds = [draw_feeds(kind, count, first.row, seed + number) for number in range(_INPUTS)]
+            feeds = [
+                draw_feeds(kind, count, first.row, seed + number, self.spread) for number in range(_INPUTS)
+            ]
             runs = []
             for name, built, session in zip("ab", (first, second), sessions, strict=True):
                 own = [dict(zip(built.inputs, arrays, strict=True)) for arrays in feeds]
@@ -253,9 +258,10 @@ def working_bytes(kind: Kind, form: Form, tokens: int) -> int:
 
 
 def draw_feeds(
-    kind: Kind, tokens: int, row: Sequence[int], seed: int
+    kind: Kind, tokens: int, row: Sequence[int], seed: int, inputs: Spread | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, distinct experts of each token, and weights that add up to 1; odd seeds favour a few experts."""
+    """Tokens, distinct experts of each token, and weights that add up to 1; odd seeds favour a few experts. Tokens are
+    spread as `inputs` says, standard normal without."""
     rng = np.random.default_rng(seed)
     facts = kind.facts
     experts, top_k = (int(str(facts[name])) for name in ("experts", "top_k"))
@@ -267,5 +273,6 @@ def draw_feeds(
     index = np.concatenate([index, index[:, : top_k - chosen]], axis=1)
     weight = rng.dirichlet(np.ones(top_k), size=tokens)
     numpy_types = [ir.DataType[str(facts[name])].numpy() for name in ("dtype", "weight_dtype")]
-    x = rng.standard_normal((tokens, *row)).astype(numpy_types[0])
+    shape = (tokens, *row)
+    x = (rng.standard_normal(shape) if inputs is None else inputs.draw(rng, shape)).astype(numpy_types[0])
     return x, index.astype(np.int64), weight.astype(numpy_types[1])

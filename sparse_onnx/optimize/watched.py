@@ -182,7 +182,7 @@ def check_layers(
     """Compares each thresholded layer of the main graph with numpy, on what it reads as the model runs.
 
     Returns:
-        How many layers some row came to, and the largest error relative to the largest magnitude of a layer's output.
+        How many layers some row came to, and the largest error relative to the scale of its row.
 
     Raises:
         VerificationError: names the layer.
@@ -239,8 +239,7 @@ def _error(
     if node is not None and COPY_KEY in node.metadata_props and x.size > MOST_ROWS * weight.shape[0]:
         bound = np.full(1, -1, bound.dtype)  # as many rows skip nothing
     expected, gap = layer_gap(x, y, weight, bound, centre, folded)
-    scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0)) or 1.0
-    return judged(item, y, expected, gap / scale)
+    return judged(item, y, expected, gap)
 
 
 def numbers_of(item: Acting, values: dict[str, ir.Value]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

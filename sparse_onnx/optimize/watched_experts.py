@@ -31,7 +31,7 @@ def experts_error(
     y: np.ndarray,
     bound: np.ndarray,
 ) -> float:
-    """The largest error of the layer of all experts, relative to its largest result.
+    """The largest error of the layer of all experts, relative to the scale of its row.
 
     Args:
         item: the layer.
@@ -57,8 +57,7 @@ def experts_error(
         weight = _matrix(node, tensors, int(expert))
         part = y[own] if y.shape == expected.shape else expected[own]
         expected[own], gap[own] = layer_gap(x[own], part, weight, bound, read_array(centre), biases[expert])
-    scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0)) or 1.0
-    return judged(item, y, expected, gap / scale)
+    return judged(item, y, expected, gap)
 
 
 def _matrix(node: ir.Node, tensors: list[ir.TensorProtocol | None], expert: int) -> np.ndarray:

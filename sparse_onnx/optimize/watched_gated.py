@@ -15,7 +15,7 @@ from sparse_onnx.graph.external import read_array
 from sparse_onnx.matching.layers import layer
 from sparse_onnx.matching.values import attribute
 from sparse_onnx.sparsify.record import Acting
-from sparse_onnx.verify.compare import TOLERANCES
+from sparse_onnx.verify.compare import TOLERANCES, same_places, sizes
 
 #: Relative errors of types whose own rounding moves a value across a threshold.
 COARSE = {"float16": 2e-3, "bfloat16": 1.6e-2}
@@ -31,7 +31,7 @@ def gated_error(
     y: np.ndarray,
     bound: np.ndarray,
 ) -> float:
-    """The largest error of a gated layer, relative to its largest result.
+    """The largest error of a gated layer, relative to the scale of its row.
 
     Args:
         item: the layer.
@@ -56,14 +56,13 @@ def gated_error(
         expected = gated_reference(gate, rows, up, up_bias, down, bound, bias)
         units = rows.astype(np.float64) @ up.astype(np.float64).T + up_bias.astype(np.float64)
         units *= gate.astype(np.float64)
-    scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0)) or 1.0
     gap = np.abs(y.astype(np.float64) - expected) if y.shape == expected.shape else np.zeros(1)
     name = gate.dtype.name
     if name in COARSE:
         size = np.abs(gate.astype(np.float32))
         near = np.abs(size - bound.astype(np.float32)) <= COARSE[name] * np.maximum(size, 1e-6)
         gap = gap - np.where(near, np.abs(units), 0) @ np.abs(down.astype(np.float64))
-    return judged(item, y, expected, gap / scale)
+    return judged(item, y, expected, gap)
 
 
 def layer_gap(
@@ -86,14 +85,19 @@ def layer_gap(
 
 
 def judged(item: Acting, y: np.ndarray, expected: np.ndarray, gap: np.ndarray) -> float:
-    """The largest of the relative errors `gap` of a layer.
+    """The largest of the errors `gap` of a layer, each relative to the scale of its row: a token of huge activations
+    must not hide what is wrong with the others.
 
     Raises:
-        VerificationError: it is more than the type accounts for, or shapes or what is finite differ.
+        VerificationError: it is more than the type accounts for, or shapes or places of NaN and infinities differ.
     """
-    if y.shape != expected.shape or not np.array_equal(np.isfinite(y), np.isfinite(expected)):
-        raise VerificationError(f"layer '{item.layer}' differs from numpy in shape, or in what is finite")
-    error = float(np.nan_to_num(np.maximum(gap, 0)).max(initial=0.0))
+    if y.shape != expected.shape or not same_places(expected, y):
+        raise VerificationError(
+            f"layer '{item.layer}' differs from numpy in shape, or in where NaN and infinities are"
+        )
+    if expected.size == 0:
+        return 0.0
+    error = float(np.nan_to_num(np.maximum(gap, 0) / sizes(expected, y)).max())
     if error > TOLERANCES.get(y.dtype.name, 1e-4):
         raise VerificationError(
             f"thresholded layer '{item.layer}' differs from numpy: relative error {error:.2g}",

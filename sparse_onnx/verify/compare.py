@@ -90,14 +90,12 @@ def difference(
     tolerance = TOLERANCES[coarser] if tolerance is None else tolerance
     width = expected.shape[-1] if expected.ndim else 1
     left, right = expected.reshape(-1, width), actual.reshape(-1, width)
-    if not all(_same_places(a, b) for _, a, b in _chunks(left, right)):
+    if not all(same_places(a, b) for _, a, b in _chunks(left, right)):
         return Difference(math.inf, math.inf, False, "infinities or NaNs in other places")
     scales = np.empty(len(left))
     for rows, a, b in _chunks(left, right):
         scales[rows] = _scales(a, b)
-    known = scales[scales > 0]
-    part = 1.0 if width < _NARROW else min(1.0, max(1e-2, 4 * _EPSILON[coarser] / max(tolerance, 1e-300)))
-    scale = float(np.median(known)) if known.size else 0.0
+    scale, part = _usual(scales), _part(width, coarser, tolerance)
     floor = part * (scale or usual)
     error, relative, compared = 0.0, 0.0, 0
     for rows, a, b in _chunks(left, right):
@@ -105,8 +103,7 @@ def difference(
         compared += int(finite.sum())
         gap = np.where(finite, np.abs(np.where(finite, a - b, 0)), 0)
         error = max(error, float(gap.max()))
-        own = np.broadcast_to(np.maximum(scales[rows], floor)[:, None], a.shape)
-        own = np.where(np.abs(a) >= _HUGE, np.abs(a), own)
+        own = _against(a, scales[rows], floor)
         with np.errstate(divide="ignore", invalid="ignore"):
             relative = max(relative, float(np.where(gap > 0, gap / own, 0).max()))
     within = relative <= tolerance
@@ -123,7 +120,34 @@ def _chunks(left: np.ndarray, right: np.ndarray) -> Iterator[tuple[slice, np.nda
             yield rows, left[rows].astype(np.float64), right[rows].astype(np.float64)
 
 
-def _same_places(left: np.ndarray, right: np.ndarray) -> bool:
+def sizes(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
+    """What an error of each element of `actual` counts against, by its row, as in `difference`; above 0. Not empty."""
+    name, width = actual.dtype.name, expected.shape[-1]
+    left, right = (array.reshape(-1, width).astype(np.float64) for array in (expected, actual))
+    scales = _scales(left, right)
+    floor = _part(width, name, TOLERANCES[name]) * _usual(scales)
+    own = _against(left, scales, floor).reshape(expected.shape)
+    return np.where(own > 0, own, 1.0)
+
+
+def _usual(scales: np.ndarray) -> float:
+    """The median of those that there are."""
+    known = scales[scales > 0]
+    return float(np.median(known)) if known.size else 0.0
+
+
+def _part(width: int, name: str, tolerance: float) -> float:
+    """Of the usual scale: a row's own counts from there on."""
+    return 1.0 if width < _NARROW else min(1.0, max(1e-2, 4 * _EPSILON[name] / max(tolerance, 1e-300)))
+
+
+def _against(expected: np.ndarray, scales: np.ndarray, floor: float) -> np.ndarray:
+    own = np.broadcast_to(np.maximum(scales, floor)[:, None], expected.shape)
+    return np.where(np.abs(expected) >= _HUGE, np.abs(expected), own)
+
+
+def same_places(left: np.ndarray, right: np.ndarray) -> bool:
+    """Whether NaN and the infinities lie in the same places."""
     finite = np.isfinite(left)
     return np.array_equal(finite, np.isfinite(right)) and np.array_equal(
         left[~finite], right[~finite], equal_nan=True

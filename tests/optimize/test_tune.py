@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from builders import Shape, layered_model, save_external
 
@@ -15,9 +16,13 @@ import sparse_onnx
 from sparse_onnx import targets
 from sparse_onnx.blocks.lowering import Form
 from sparse_onnx.core.errors import UsageError
+from sparse_onnx.graph import io
 from sparse_onnx.optimize import tune as tuner
 from sparse_onnx.optimize.candidates import NotBuilt, build, kinds
 from sparse_onnx.optimize.runner import plan
+from sparse_onnx.optimize.watched import values_of
+from sparse_onnx.sparsify.record import acting
+from sparse_onnx.targets import session
 
 SHAPE = Shape(experts=6, hidden=32, inner=48)
 
@@ -174,8 +179,6 @@ def test_files_that_do_not_do(source: Path, tmp_path: Path, timed) -> None:
 
 def test_a_block_alone_gives_what_it_gives_in_the_model(source: Path, tmp_path: Path) -> None:
     from sparse_onnx.blocks.reference import reference
-    from sparse_onnx.graph import io
-    from sparse_onnx.targets import session
 
     model = io.load(source)
     planned = plan(targets.get("cpu").forms)
@@ -257,3 +260,100 @@ def test_forms_are_measured_at_the_level_that_the_model_will_run_at(
     )
     assert report.verify is not None and report.verify.passed, "at level 0 it is what it was"
     assert report.thresholds is not None and set(levels) == {report.thresholds.level}
+
+
+@pytest.mark.parametrize("scale", [0.05, 1, 20])
+def test_blocks_are_measured_skipping_what_the_plan_skips(
+    tmp_path: Path, timed, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the units of the activations are: calibrated data is not standard normal."""
+    shape = Shape(experts=6, hidden=64, inner=48)
+    source = save_external(layered_model(shape, layers=1), tmp_path / "in.onnx")
+    x = np.random.default_rng(0).standard_normal((1000, 64)) * scale + scale * np.linspace(-1, 1, 64)
+    np.savez(tmp_path / "train.npz", x=x.astype(np.float32))
+    sparse_onnx.calibrate(source, tmp_path / "train.npz", tmp_path / "calib.json", threads=1)
+    built: list[tuple[ir.Model, tuple[str, ...]]] = []
+    drawn: list[tuple[np.ndarray, ...]] = []
+    real_build, real_draw = tuner.build, tuner.draw_feeds
+
+    def build(*given):
+        alone = real_build(*given)
+        model = io.load(alone.path)
+        for value in model.graph.initializers.values():  # the file is removed
+            value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)
+        built.append((model, alone.inputs))
+        return alone
+
+    def draw(*given):
+        drawn.append(real_draw(*given))
+        return drawn[-1]
+
+    monkeypatch.setattr(tuner, "build", build)
+    monkeypatch.setattr(tuner, "draw_feeds", draw)
+    timed([], 2.0)
+    report = sparse_onnx.optimize(
+        source,
+        tmp_path / "out.onnx",
+        tune=True,
+        tokens=(200,),
+        thresholds=tmp_path / "calib.json",
+        sparsity=0.45,
+    )
+    [model, inputs] = built[0]
+    shares = skipped(model, dict(zip(inputs, drawn[0], strict=True)))
+    assert report.thresholds is not None and len(shares) == len(report.thresholds.sites) == 2
+    for site in report.thresholds.sites:
+        assert shares[site.name] == pytest.approx(site.expected, abs=0.05), site.name
+
+
+def skipped(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, float]:
+    """The share of its inputs that each site skips in the model of a block alone."""
+    items, values = acting(model), values_of(model)
+    bounds = {item.bound: values[item.bound] for item in items}
+    read = {item.input: values[item.input] for item in items} | bounds
+    computed = [value for value in read.values() if not value.is_initializer()]
+    model.graph.outputs.extend(value for value in computed if not value.is_graph_input())
+    run = session.create_session(model)
+    seen = (
+        dict(zip([value.name for value in run.get_outputs()], session.run(run, feeds), strict=True)) | feeds
+    )
+    seen |= {name: value.const_value.numpy() for name, value in read.items() if value.is_initializer()}
+    found: dict[str, list[np.ndarray]] = {}
+    for item in items:
+        distance = np.abs(seen[item.input] - values[item.centre].const_value.numpy())
+        found.setdefault(item.site, []).append((distance <= seen[item.bound]).ravel())
+    return {name: float(np.concatenate(parts).mean()) for name, parts in found.items()}
+
+
+def test_another_sparsity_or_kernels_are_measured_anew(
+    tmp_path: Path, timed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_external(layered_model(SHAPE), tmp_path / "in.onnx")
+    x = np.random.default_rng(0).standard_normal((500, 32)).astype(np.float32)
+    np.savez(tmp_path / "train.npz", x=x)
+    sparse_onnx.calibrate(source, tmp_path / "train.npz", tmp_path / "calib.json", threads=1)
+    built = [False]
+    monkeypatch.setattr("sparse_onnx.optimize.candidates.is_built", lambda: built[0])
+    monkeypatch.setattr(tuner, "is_built", lambda: False)  # timed without them all the same
+    measured = timed([], 2.0, 2.0, 2.0)
+    file = tmp_path / "t.json"
+
+    def run(sparsity: float, tune: bool = True) -> int:
+        sparse_onnx.optimize(
+            source,
+            tmp_path / "out.onnx",
+            tune=tune,
+            tokens=(1,),
+            tuning=file,
+            thresholds=tmp_path / "calib.json",
+            sparsity=sparsity,
+            verify="none",
+        )
+        return len(measured)
+
+    assert [run(0.3), run(0.3), run(0.3, tune=False)] == [1, 1, 1]
+    with pytest.raises(UsageError, match="no measurement of blocks"):
+        run(0.6, tune=False)
+    assert [run(0.6), run(0.6)] == [2, 2]
+    built[0] = True
+    assert [run(0.3), run(0.3)] == [3, 3]

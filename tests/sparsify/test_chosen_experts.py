@@ -225,3 +225,21 @@ def test_a_row_by_another_expert_is_found() -> None:
     bias.replace_input_with(1, zero)
     with pytest.raises(VerificationError, match="differs from numpy"):
         check_layers(model, LEVEL, 50, [feeds], kernels=False)
+
+
+def test_rows_by_another_expert_are_found_beside_one_of_huge_activations() -> None:
+    """Of the check itself: the body multiplies every row by the matrix of expert 0."""
+    shape = Shape(biases=True)
+    model = lowered(routed_model(shape), plan_for(routed_model(shape), "native"))
+    feeds = feeds_of(shape, 9, dropped=False)
+    feeds["index"][0] = 0
+    feeds["tokens"][0] *= 3e4
+    check_layers(model, LEVEL, 50, [feeds], kernels=False)
+    function = model.functions["sparse_onnx", "ThresholdedExpertLinear", ""]
+    [loop] = [node for node in function if node.op_type == "Loop"]
+    body = loop.attributes["body"].as_graph()
+    [zero] = {node.inputs[1] for node in body if node.op_type == "Squeeze"}
+    [matrix] = [node for node in body if node.op_type == "Gather" and node.inputs[0].name == "W"]
+    matrix.replace_input_with(1, zero)
+    with pytest.raises(VerificationError, match="differs from numpy"):
+        check_layers(model, LEVEL, 50, [feeds], kernels=False)
