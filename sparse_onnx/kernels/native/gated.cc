@@ -15,7 +15,7 @@ using namespace sparse_onnx;
 
 namespace {
 
-constexpr int64_t kPart = 64;  // rows of weights that a thread takes at a time, for several tokens; for many, kStrip
+constexpr int64_t kPart = 64;  // rows of weights that a thread takes at a time, for several tokens
 constexpr int64_t kMany = 96;  // tokens for which turning weights costs less than it gives: measured with AVX-512
 
 struct Layer {
@@ -69,7 +69,7 @@ void several(ort::KernelContext* context, const Layer& layer, const float* gate,
       std::fill(to + some, to + width, 0.0f);
     }
   });
-  const int64_t worth = tokens * count * up.columns >= kAlone ? (many ? kStrip : kPart) : std::max<int64_t>(1, count);
+  const int64_t worth = tokens * count * up.columns >= kAlone ? (many ? strip_of(count) : kPart) : std::max<int64_t>(1, count);
   parallel(context, (count + worth - 1) / worth, [&](int64_t at) {
     const int64_t begin = at * worth, end = std::min(count, begin + worth);
     if (many)

@@ -37,8 +37,18 @@ void by_columns(ort::KernelContext* context, int64_t columns, int64_t part, F&& 
 
 }  // namespace
 
+namespace {
+
+const int64_t processors = std::max(1u, std::thread::hardware_concurrency());
+
+}  // namespace
+
+int64_t strip_of(int64_t columns) {
+  const int64_t each = (columns + 2 * processors - 1) / (2 * processors);
+  return std::min(kStrip, (each + kColumns - 1) / kColumns * kColumns);
+}
+
 int64_t parts_of(const Weights& w, int64_t rows) {
-  static const int64_t processors = std::max(1u, std::thread::hardware_concurrency());
   return std::max<int64_t>(1, std::min(processors, rows * w.columns * bits(w.type) / 8 / kEachThread));
 }
 
@@ -132,7 +142,7 @@ void product(ort::KernelContext* context, const Weights& w, const float* x, int6
         }
     });
   }
-  const int64_t part = tokens * count * w.columns >= kAlone ? kStrip : w.columns;
+  const int64_t part = tokens * count * w.columns >= kAlone ? strip_of(w.columns) : w.columns;
   by_columns(context, w.columns, part, [&](int64_t first, int64_t last) {
     best.rows(w, parts.get(), index.get(), count, tokens, bias, y, first, last, scratch(best.rows_scratch));
   });

@@ -45,6 +45,10 @@ struct Bounds {
 // Parts that so many rows of weights are worth, each for a thread.
 int64_t parts_of(const Weights&, int64_t rows);
 
+// Columns that a thread takes at a time for many tokens: two turns for each thread of a machine at least, where there are
+// enough columns.
+int64_t strip_of(int64_t columns);
+
 // y [tokens, N] = S(x - centre) W + bias: x [tokens, K], bias [N]. Without a context this thread computes all of it.
 void product(ort::KernelContext*, const Weights&, const float* x, int64_t tokens, const Rule&, const float* bias, float* y);
 
