@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,14 @@ def test_a_list_of_rows_is_not_compared_in_the_trace(kind: type, tmp_path: Path)
 ASKED: dict[str, Callable[[Any], Any]] = {
     "==": lambda rows: rows == [1],
     "!=": lambda rows: rows != [1],
-    "== reversed": lambda rows: [1] == rows,
-    "!= reversed": lambda rows: [1] != rows,
+    "== reversed": lambda rows: operator.eq([1], rows),
+    "!= reversed": lambda rows: operator.ne([1], rows),
     "<": lambda rows: rows < [1],
     "<=": lambda rows: rows <= [1],
     ">": lambda rows: rows > [1],
     ">=": lambda rows: rows >= [1],
     "in": lambda rows: 1 in rows,
-    "+": lambda rows: rows + [1],
+    "+": lambda rows: operator.add(rows, [1]),
     "*": lambda rows: rows * 2,
     "* reversed": lambda rows: 2 * rows,
     "&": lambda rows: rows & {1},
