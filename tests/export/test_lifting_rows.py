@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,67 @@ class SomeOrNone(SomeOrElse):
         return found.sum() + x
 
 
+class FilteredOut(Routed):
+    """Rows that no expert gets: where all are so, the model's result has one axis."""
+
+    def found(self, x: Tensor) -> Tensor:
+        parts = []
+        for e, expert in enumerate(self.experts):
+            rows = torch.where((self.index(x) == e) & (x[:, 0] > 0))[0]
+            if rows.numel() == 0:
+                continue
+            parts.append(expert(x[rows]))
+        return torch.cat(parts) if parts else x.new_empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.found(x)
+
+
+class FilteredOutLast(FilteredOut):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.found(x).sum(-1)
+
+
+class FilteredOutMean(FilteredOut):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.found(x).mean(-1).sum()
+
+
+class FilteredOutWidth(FilteredOut):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.found(x).shape[-1]
+
+
+class FilteredOutAxes(FilteredOut):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.relu(self.found(x) * 2).dim()
+
+
+class FilteredOutChosen(FilteredOut):
+    """Goes through another condition."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.found(x)
+        z = y * 2 if x.mean() > 0 else y * 3
+        return x + z.sum(0)
+
+
+class FilteredOutAll(FilteredOut):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.found(x)
+        return x + torch.relu(y * 2 + 1).sum() + len(y) + y.flatten().sum(0)
+
+
+class FilteredOutShaped(FilteredOut):
+    """Written by rows into a tensor like it, and given a shape then."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.found(x)
+        z = torch.empty_like(y)
+        z[torch.arange(len(y)).flip(0)] = y
+        return x + z.view(-1, HIDDEN).to(x.dtype).sum(0)
+
+
 class FromTheEnd(Routed):
     """A count that may be negative is one from the end."""
 
@@ -136,8 +198,9 @@ def exported(kind: type, path: Path) -> None:
     sparse_onnx.export((module, {"x": torch.randn(6, HIDDEN)}, {"x": {0: "tokens"}}), path)
     ort = pytest.importorskip("onnxruntime")
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    for tokens in range(1, 10):
+    for tokens, sign in itertools.product(range(1, 10), (None, 1, -1)):
         x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))
+        x[:, 0] = x[:, 0] if sign is None else sign * x[:, 0].abs()
         with torch.no_grad():
             expected = module(x)
         expected = expected if isinstance(expected, tuple) else (expected,)
@@ -145,19 +208,35 @@ def exported(kind: type, path: Path) -> None:
             torch.testing.assert_close(torch.from_numpy(actual), value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [ByTable, SomeOrNone, UpToTheSum, SaysWhere, Checkpointed])
+RIGHT = [ByTable, SomeOrNone, UpToTheSum, SaysWhere, Checkpointed, FilteredOutAll, FilteredOutShaped]
+SHOWN = [FilteredOut, FilteredOutLast, FilteredOutMean, FilteredOutWidth, FilteredOutAxes]
+
+
+@pytest.mark.parametrize("kind", RIGHT)
 def test_lifted_rightly(kind: type, tmp_path: Path) -> None:
     exported(kind, tmp_path / "out.onnx")
 
 
 @pytest.mark.parametrize(
     ("kind", "line"),
-    [(ListOfTruths, ".tolist()"), (ByChangedTable, "chosen.unique()"), (SomeOrElse, "len(parts)")],
+    [
+        (ListOfTruths, ".tolist()"),
+        (ByChangedTable, "chosen.unique()"),
+        (SomeOrElse, "len(parts)"),
+        (FilteredOutChosen, "y * 2 if"),
+    ],
 )
 def test_refused_with_its_line(kind: type, line: str, tmp_path: Path) -> None:
     with pytest.raises(ImpossibleError) as caught:
         exported(kind, tmp_path / "out.onnx")
     assert line in str(caught.value) and not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("kind", SHOWN)
+def test_axes_that_only_the_graph_has_are_not_shown(kind: type, tmp_path: Path) -> None:
+    with pytest.raises(ImpossibleError, match=r"x\.new_empty\(0\)` depends on tensor values") as caught:
+        exported(kind, tmp_path / "out.onnx")
+    assert caught.value.hint and not (tmp_path / "out.onnx").exists()
 
 
 @pytest.mark.parametrize("kind", [FromTheEnd, ListOfWhatChanges])

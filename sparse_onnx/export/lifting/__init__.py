@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_onnx.export.lifting import functions, intercept, strides
+from sparse_onnx.export.lifting import functions, intercept, strides, unshaped
 from sparse_onnx.export.lifting.runtime import Runtime
 from sparse_onnx.export.lifting.values import SomeItems, Undefined
 
@@ -43,6 +43,8 @@ def lifted(module: nn.Module) -> Iterator[Runtime]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             with intercept.Calls():
                 result = _plain(whole(*args, **kwargs))
+            if (place := unshaped.place_of_any(result)) is not None:
+                raise unshaped.refusal(place)
             runtime.finish()
             return result
 

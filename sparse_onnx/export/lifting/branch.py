@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from sparse_onnx.export.lifting import conditional, effects, graph_edits, state
+from sparse_onnx.export.lifting import conditional, effects, graph_edits, state, unshaped
 from sparse_onnx.export.lifting.facts import Facts
 from sparse_onnx.export.lifting.program import Program, storage, tracing, writes
 from sparse_onnx.export.lifting.values import Place, SomeItems, Undefined, refuse
@@ -179,7 +179,9 @@ class Lifted:
         if _undefined(left) or _undefined(right):
             return left is right
         if not effects.same(left, right, facts, graph_edits.node_of):
-            return False
+            if not effects.without_elements(left, right, facts, graph_edits.node_of):
+                return False
+            unshaped.mark(left, self.place)
         if left is not right:
             self.runtime.watch(self.place, left, right)
         return True

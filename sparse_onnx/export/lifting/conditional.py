@@ -15,7 +15,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
-from sparse_onnx.export.lifting import graph_edits
+from sparse_onnx.export.lifting import graph_edits, unshaped
 from sparse_onnx.export.lifting.program import Sym, expression, name_of, storage, tracing, value_of, writes
 from sparse_onnx.export.lifting.values import SomeItems, Undefined
 
@@ -96,6 +96,8 @@ def _values(branch: Lifted) -> tuple[dict[str, Any], list[tuple[Any, tuple[Tenso
     def joined(left: Any, right: Any, name: str) -> Any:
         if left is right or _equal(left, right):
             return left
+        if any(unshaped.place_of(each) is not None for each in (left, right)):
+            return Undefined(name, branch.place)
         if isinstance(left, Tensor) and isinstance(right, Tensor) and _alike(left, right):
             hole = _Hole()
             wanted.append((hole.set, (left, right)))

@@ -107,9 +107,7 @@ def same(left: Any, right: Any, facts: Facts, node_of: Callable[[Tensor], fx.Nod
             return False
         if resolved(first, facts) is resolved(second, facts):
             return True
-        shape, other = facts.shape(first), facts.shape(second)
-        # `torch.cat(outs) if outs else x.new_empty(0)`: no rows, and of which width nobody asks.
-        return (shape == other and facts.empty(first)) or (other == [0] and shape[:1] == [0])
+        return facts.shape(first) == facts.shape(second) and facts.empty(first)
     if isinstance(left, (*Sym, int, float)) and isinstance(right, (*Sym, int, float)):
         if not isinstance(left, Sym) and not isinstance(right, Sym):
             return type(left) is type(right) and left == right
@@ -122,3 +120,14 @@ def same(left: Any, right: Any, facts: Facts, node_of: Callable[[Tensor], fx.Nod
     if isinstance(left, (str, bytes, type(None), torch.dtype)):
         return type(left) is type(right) and left == right
     return False
+
+
+def without_elements(
+    left: Any, right: Any, facts: Facts, node_of: Callable[[Tensor], fx.Node | None]
+) -> bool:
+    """Whether neither of two tensors has elements, the second being of shape [0] as in `x.new_empty(0)`."""
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor) or left.dtype != right.dtype:
+        return False
+    first, second = node_of(left), node_of(right)
+    known = first is not None and second is not None
+    return known and facts.shape(second) == [0] and facts.shape(first)[:1] == [0]

@@ -22,12 +22,10 @@ from sparse_onnx.export.lifting.known import (
     REDUCTIONS,
     At,
     Known,
-    is_bool,
-    is_integer,
     negated,
     number_of,
 )
-from sparse_onnx.export.lifting.program import expression, name_of, value_of
+from sparse_onnx.export.lifting.program import expression, is_bool, is_integer, name_of, value_of
 
 
 class Facts(Known):
@@ -58,8 +56,9 @@ class Facts(Known):
         follow = depth + 1
         if name in REDUCTIONS:
             inner = views.before_reduction(node, at)
+            adds_up = name != "aten::sum" or views.is_wide(value_of(node).dtype)  # not to 0 by wrapping
             if inner is not None and (
-                name in ("aten::any", "aten::count_nonzero") or self.non_negative(source)
+                name in ("aten::any", "aten::count_nonzero") or (adds_up and self.non_negative(source))
             ):
                 self.assume_zero(source, inner, follow)
         elif name in ("aten::gt", "aten::ne", "aten::ge"):
@@ -135,6 +134,8 @@ class Facts(Known):
         if len(symbols) != 1:
             return
         symbol = symbols[0]
+        if not symbol.is_integer and not isinstance(formula, sympy.Eq) and difference.subs(symbol, 0) != 0:
+            return  # numbers between 0 and 1 are in it, too
         # A linear relation holds on a half-line or in one point: where 0 is in it and 1 is not, 0 is all of it.
         if not difference.is_polynomial(symbol) or sympy.degree(difference, symbol) != 1:
             return

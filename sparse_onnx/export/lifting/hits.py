@@ -26,10 +26,10 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 _HINT = "loop over all experts, range(number of experts), or write an adapter (--adapter)"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Numbers:
     """`tensor.tolist()` of a length that depends on tensors: good for looping over it, and as an index. A set has no
-    order to rely on."""
+    order to rely on. All else that Python asks of it is refused, for it would be answered without the graph."""
 
     tensor: Tensor
     place: Place
@@ -48,7 +48,16 @@ class Numbers:
     def _refused(self, *args: Any) -> Any:
         raise self.refusal()
 
-    __len__ = __iter__ = __getitem__ = __bool__ = __add__ = __radd__ = _refused
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what libraries look for to tell kinds of objects apart
+            raise AttributeError(name)
+        raise self.refusal()
+
+    __len__ = __iter__ = __getitem__ = __setitem__ = __delitem__ = __bool__ = __reversed__ = _refused
+    __add__ = __radd__ = __mul__ = __rmul__ = __contains__ = _refused
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refused
+    __sub__ = __rsub__ = __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _refused
+    __hash__ = object.__hash__
 
 
 @dataclasses.dataclass(frozen=True)

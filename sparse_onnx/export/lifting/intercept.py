@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from sparse_onnx.export.lifting import einsum, slices, strides
+from sparse_onnx.export.lifting import einsum, slices, strides, unshaped
 from sparse_onnx.export.lifting.hits import Numbers
 from sparse_onnx.export.lifting.values import SomeItems
 
@@ -106,11 +106,20 @@ class Calls(TorchFunctionMode):
         for each in pytree.tree_leaves((args, kwargs)):
             if isinstance(each, Numbers):
                 raise each.refusal()
-        if func is torch.functional.einsum and (made := einsum.kept(*args)) is not None:
-            return made
-        if func in _SHAPED or func in _UNARY or (func in _BINARY and _unbroadcast(args)):
-            func = strides.quiet(func)
-        return func(*args, **(kwargs or {}))
+        place = unshaped.called(func, args, kwargs or {})
+        result = _made(func, args, kwargs or {})
+        for each in (result, args[0] if func is Tensor.__setitem__ else None) if place is not None else ():
+            if isinstance(each, Tensor):
+                unshaped.mark(each, place)
+        return result
+
+
+def _made(func: Any, args: Any, kwargs: Any) -> Any:
+    if func is torch.functional.einsum and (made := einsum.kept(*args)) is not None:
+        return made
+    if func in _SHAPED or func in _UNARY or (func in _BINARY and _unbroadcast(args)):
+        func = strides.quiet(func)
+    return func(*args, **kwargs)
 
 
 def _unbroadcast(values: Any) -> bool:

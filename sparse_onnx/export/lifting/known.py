@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from sparse_onnx.export.lifting import views
-from sparse_onnx.export.lifting.program import Program, expression, name_of, value_of
+from sparse_onnx.export.lifting.program import Program, expression, is_integer, name_of, value_of
 
 #: A slice: dimension -> index.
 At = Mapping[int, int]
@@ -159,11 +159,18 @@ class Known:
         value = value_of(node)
         if not isinstance(value, Tensor) or depth > DEPTH or not self.program.current(node):
             return False
-        if value.dtype in (torch.bool, torch.uint8) or name_of(node) in _NON_NEGATIVE or self._marks(node):
-            return True
-        if name_of(node) in (*_SUMS, *_CASTS, *_PICKS) or views.is_copy(node):
+        name, wide = name_of(node), views.is_wide(value.dtype)
+        if value.dtype in (torch.bool, torch.uint8) or self._marks(node) or (name in _NON_NEGATIVE and wide):
+            return (
+                name != "aten::bincount" or len(node.args) < 2 or node.args[1] is None
+            )  # weights may be negative
+        if (
+            (name in _SUMS and wide)
+            or name in _PICKS
+            or (views.keeps_sign(node) if name in _CASTS else views.is_copy(node))
+        ):
             return self.non_negative(node.args[0], depth + 1)
-        if name_of(node) in ("aten::mul", "aten::add", "aten::div") and len(node.args) == 2:
+        if name in ("aten::mul", "aten::add", "aten::div") and len(node.args) == 2 and wide:
             return all(self.non_negative(each, depth + 1) for each in node.args)
         below, _ = views.base(self.program, node, ALL)
         return below is not node and self.non_negative(below, depth + 1)
@@ -337,13 +344,3 @@ def negated(formula: Any) -> Any:
 
 def number_of(value: Any) -> float | None:
     return value if isinstance(value, (int, float)) else None
-
-
-def is_integer(node: Any) -> bool:
-    value = value_of(node)
-    return isinstance(value, Tensor) and not value.dtype.is_floating_point and not value.dtype.is_complex
-
-
-def is_bool(node: Any) -> bool:
-    value = value_of(node)
-    return isinstance(value, Tensor) and value.dtype == torch.bool

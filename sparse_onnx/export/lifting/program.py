@@ -47,6 +47,16 @@ def value_of(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, fx.Node) else node
 
 
+def is_integer(node: Any) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and not value.dtype.is_floating_point and not value.dtype.is_complex
+
+
+def is_bool(node: Any) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.dtype == torch.bool
+
+
 def expression(value: Any) -> sympy.Expr | None:
     """A size as a formula of the trace's symbols."""
     value = value_of(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
-from sparse_onnx.export.lifting import hits
+from sparse_onnx.export.lifting import hits, unshaped
 from sparse_onnx.export.lifting.program import Sym, data_dependent, tracing
 from sparse_onnx.export.lifting.values import Count, Place, SomeItems, refuse
 
@@ -32,6 +33,8 @@ def find(function: Any, runtime: Runtime, place: Place) -> Callable[..., Any] | 
     if isinstance(owner, Tensor) and getattr(function, "__name__", "") in _OF_TENSORS:
         made = _OF_TENSORS[function.__name__]
         return lambda *args, **kwargs: made(runtime, place, function, owner, *args, **kwargs)
+    if unshaped.place_of(owner) is not None and unshaped.is_patched_view(function):
+        return functools.partial(unshaped.RESHAPE, owner)
     try:
         known = _FUNCTIONS.get(function)
     except TypeError:  # not hashable
@@ -75,6 +78,8 @@ def _bool(runtime: Runtime, place: Place, plain: Any, *args: Any) -> Any:
 
 
 def _len(runtime: Runtime, place: Place, plain: Any, value: Any) -> Any:
+    if unshaped.place_of(value) is not None:
+        return value.size(0)
     if isinstance(value, Tensor) and tracing() is not None and value.dim():
         return value.shape[0]
     if isinstance(value, hits.Numbers):

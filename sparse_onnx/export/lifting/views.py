@@ -43,8 +43,37 @@ def is_copy(node: fx.Node) -> bool:
         return True
     # A narrower type would wrap; a float would be cut.
     return not before.dtype.is_floating_point and (
-        after.dtype.is_floating_point or after.dtype.itemsize >= before.dtype.itemsize
+        after.dtype.is_floating_point
+        or (
+            holds_all(before.dtype, after.dtype)
+            and torch.iinfo(after.dtype).min <= torch.iinfo(before.dtype).min
+        )
     )
+
+
+def holds_all(before: torch.dtype, after: torch.dtype) -> bool:
+    """Whether a type of integers goes as far up as another."""
+    return torch.iinfo(after).max >= torch.iinfo(before).max
+
+
+def keeps_sign(node: fx.Node) -> bool:
+    """Whether a conversion makes no number from 0 on negative: a narrower integer would wrap."""
+    before, after = value_of(node.args[0]), value_of(node)
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor) or after.dtype.is_complex:
+        return False
+    if after.dtype.is_floating_point or after.dtype == torch.bool or before.dtype == torch.bool:
+        return True
+    if before.dtype.is_floating_point:
+        source = name_of(node.args[0])  # counts of elements, and shares of 1, fit
+        return source in ("aten::softmax", "aten::_softmax", "aten::sigmoid") or (
+            source == "aten::histc" and after.dtype.itemsize >= 4
+        )
+    return holds_all(before.dtype, after.dtype)
+
+
+def is_wide(dtype: torch.dtype) -> bool:
+    """Whether sums do not wrap, as those of more integers than memory holds, or of floats."""
+    return dtype.is_floating_point or dtype == torch.int64 or dtype == torch.int32
 
 
 def base(program: Program, node: fx.Node, at: Mapping[int, int]) -> tuple[fx.Node, dict[int, int]]:
