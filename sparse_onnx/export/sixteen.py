@@ -36,6 +36,12 @@ class File:
             self._session = sessions.create_session(path, name=path.name)
         except ImpossibleError as error:
             self.missing = self._lacking(error)
+            return
+        values = [*self._session.get_inputs(), *self._session.get_outputs()]
+        if any(
+            value.type == "tensor(bfloat16)" for value in values
+        ):  # which numpy, and so a run from Python, lacks
+            self.missing = "no bfloat16 inputs and outputs in Python"
 
     def run(self, run: Run) -> list[np.ndarray] | None:
         """Its outputs as float32; None where it does not run.

@@ -50,6 +50,44 @@ def test_a_bfloat16_file_is_run_rounded(tmp_path: Path) -> None:
     assert "each operator in float32 and its result rounded" in note and "no bfloat16 kernel for" in note
 
 
+class Looked(nn.Module):
+    """Values are moved only, for which onnxruntime has kernels of bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 8)
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        return self.table(index)
+
+
+class Moved(Looked):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return torch.cat([x, self.table.weight]).float()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda: (
+            Looked().eval(),
+            {"index": torch.arange(5)},
+            {"index": {0: "batch"}},
+        ),  # an output in bfloat16
+        lambda: (Moved().eval(), {"x": torch.randn(3, 8)}, AXES),  # an input
+    ],
+)
+def test_a_bfloat16_file_that_onnxruntime_loads_is_run_rounded(source: Any, tmp_path: Path) -> None:
+    """numpy has no bfloat16 to give to it or to take."""
+    out = tmp_path / "m.onnx"
+    report = sparse_onnx.export(source(), out, dtype="bfloat16")
+    sessions.create_session(out)
+    (note,) = [note for note in report.notes if "file itself" in note]
+    assert (
+        "no bfloat16 inputs and outputs in Python" in note and "differs from torch's bfloat16 by 0 " in note
+    )
+
+
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
 def test_a_broken_file_is_refused(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "m.onnx"
