@@ -142,6 +142,69 @@ def test_a_number_as_an_answer(tmp_path: Path) -> None:
     assert report.verify is not None and report.verify.passed
 
 
+class Chosen(nn.Module):
+    """The two best of each row; all others are left out by minus infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.scores(x)
+        values, index = scores.topk(2, dim=-1)
+        return torch.full_like(scores, float("-inf")).scatter(-1, index, values)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_infinities_that_are_the_models_own(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = (Chosen().eval(), {"x": torch.randn(3, 8)}, AXES)
+    report = sparse_onnx.export(source, tmp_path / "m.onnx", dtype=kind)
+    assert any("file itself" in note and "nan" not in note for note in report.notes)
+
+
+class Several(nn.Module):
+    """Integers first, then nothing, and what is computed last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scores = self.scores(x)
+        return scores.argmax(-1), scores[:, 6:], scores
+
+
+def test_all_outputs_are_compared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    given = (Several().eval(), {"x": torch.randn(3, 8)}, AXES)
+    out = tmp_path / "m.onnx"
+    sparse_onnx.export(given, out, dtype="float16")
+    source = exporters.load(Made(given, {"dtype": "float16"}))
+    runs = [source.interface.run("3", source.interface.draw({"batch": 3}), {"batch": 3})]
+    assert "differs from torch's" in sixteen.compare(source, out, runs, "float16")
+    with torch.no_grad():
+        source.module.scores.weight[1:] *= 0.5
+    with pytest.raises(VerificationError, match="the float16 file differs from torch by"):
+        sixteen.compare(source, out, runs, "float16")
+
+
+def test_what_is_not_finite_is_to_be_the_same_and_padding_anything() -> None:
+    inf, nan = np.inf, np.nan
+    expected = np.array(
+        [[[inf, nan, 2], [1, 2, 4], [-inf, 1, 1], [1, 1, 1], [nan, 1, 1], [0, 0, 0]]], np.float32
+    )
+    actual = np.array(
+        [[[inf, nan, 3], [1, 2, 4], [inf, 1, 1], [1, nan, 1], [inf, 1, 1], [9, inf, 9]]], np.float32
+    )
+    run = Run("1x6", {"mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}, {}, frozenset({"mask"}))
+    gap, scale = sixteen.gaps(expected, actual, run, 0)
+    np.testing.assert_array_equal(gap, [1, 0, inf, inf, inf])
+    np.testing.assert_array_equal(scale, [2, 4, 1, 1, 1])
+    assert sixteen.gaps(expected[:, :0], actual[:, :0], Run("1x0", {}, {}), 0)[0].shape == (0,)
+    assert np.isinf(sixteen.gaps(expected, actual[:, :2], run, 0)[0]).all()
+
+
 @pytest.mark.parametrize("largest", [1.0, 65504.0, float("inf"), float("nan")])
 @pytest.mark.parametrize("kind", ["NllbMoeEncoderLayer", "NllbMoeDecoderLayer"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
