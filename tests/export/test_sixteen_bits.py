@@ -224,6 +224,23 @@ def test_values_that_overflow_are_clamped_in_the_graph(kind: str, dtype: torch.d
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_other_threads_keep_their_torch() -> None:
+    """transformers' module is the same object in all of them."""
+    seen: list[Any] = []
+
+    class Layer(modeling_nllb_moe.NllbMoeDecoderLayer):
+        def self_attn_layer_norm(self, states: torch.Tensor) -> torch.Tensor:  # in the midst of the forward
+            seen.append(modeling_nllb_moe.torch)
+            return states
+
+    Layer.__module__ = modeling_nllb_moe.__name__
+    layer = Layer.__new__(Layer)
+    nn.Module.__init__(layer)
+    with pytest.raises(AttributeError, match="self_attn"):  # of which it has none
+        overflow.clamped(layer, modeling_nllb_moe.NllbMoeDecoderLayer.forward, torch.ones(1, 2, 4))
+    assert seen == [torch]
+
+
 def test_a_layer_that_asks_nothing_is_left_alone() -> None:
     layer = types.SimpleNamespace()
     assert overflow.clamped(layer, lambda self, x: x, 7) == 7
