@@ -207,7 +207,7 @@ def test_what_is_not_finite_is_to_be_the_same_and_padding_anything() -> None:
 
 @pytest.mark.parametrize("largest", [1.0, 65504.0, float("inf"), float("nan")])
 @pytest.mark.parametrize("kind", ["NllbMoeEncoderLayer", "NllbMoeDecoderLayer"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_values_that_overflow_are_clamped_in_the_graph(kind: str, dtype: torch.dtype, largest: float) -> None:
     """As transformers' own layers do it: all values, where one is not finite."""
     layer: Any = getattr(modeling_nllb_moe, kind)(config("nllb")).to(dtype).eval()
