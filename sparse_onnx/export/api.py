@@ -89,6 +89,8 @@ def export(
         raise UsageError("an image's size is for --multimodal only", "add --multimodal")
     if sound_length is not None and not multimodal:
         raise UsageError("the length of sound is for --multimodal only", "add --multimodal")
+    if sound_length is not None and sound_length < 1:
+        raise UsageError(f"sound of length {sound_length}", "--sound-length with 1 or more")
     if multimodal and (stream or weights == "link"):
         raise UsageError("a multimodal model is loaded whole", "leave --stream and --weights link out")
     if dtype is not None and dtype not in _DTYPES:

@@ -5,7 +5,8 @@ A forward that `patches` puts in place, which asks in the graph.
 
 from __future__ import annotations
 
-import sys
+import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,17 +19,22 @@ _ROOM = 1000
 
 def clamped(self: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The forward of an encoder's or a decoder's layer."""
-    source: Any = sys.modules[type(self).__module__]
     asked = _Asked()
-    source.torch = asked
-    try:
-        states = original(self, *args, **kwargs)
-    finally:
-        source.torch = torch
+    states = _with_torch(original, asked)(self, *args, **kwargs)
     for overflown in asked.answers:
         limit = torch.finfo(states.dtype).max - _ROOM
         states = torch.where(overflown, states.clamp(min=-limit, max=limit), states)
     return states
+
+
+def _with_torch(forward: Callable[..., Any], other: _Asked) -> Callable[..., Any]:
+    """The forward, without what it is wrapped in, where the name `torch` is another thing. Its module is left alone:
+    other threads may run it."""
+    inner: Any = inspect.unwrap(forward)
+    names = {**inner.__globals__, "torch": other}
+    copy = types.FunctionType(inner.__code__, names, inner.__name__, inner.__defaults__, inner.__closure__)
+    copy.__kwdefaults__ = inner.__kwdefaults__
+    return copy
 
 
 class _Asked:

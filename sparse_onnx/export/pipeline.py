@@ -167,8 +167,8 @@ def _finished(model: ir.Model, symbols: Mapping[str, str], found: list[experts.E
 def neutral(model: ir.Model, symbols: Mapping[str, str], found: list[experts.Experts]) -> None:
     """Tidied, labelled, in neutral form with its functions, in place."""
     translate.tidy(model)
-    half = any(value.dtype in twin.HALF for value in model.graph.initializers.values())
-    if half:
+    values = (value for node in model.graph.all_nodes() for value in (*node.inputs, *node.outputs))
+    if any(value is not None and value.dtype in twin.HALF for value in values):  # of a float32 model too
         operator_types.cast_where_undefined(model)
     RepairCastTranspose()(model)
     if (

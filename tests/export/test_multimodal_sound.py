@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,19 @@ def test_the_length_of_a_piece_is_the_users(tmp_path: Path) -> None:
             media.of_model(loaded(name, tmp_path).module, None, 800)
     with pytest.raises(UsageError, match="for --multimodal only"):
         export(tmp_path / "dots3_note", tmp_path / "m.onnx", random_weights=True, sound_length=800)
+    for length in (0, -4):
+        with pytest.raises(UsageError, match=f"sound of length {length}.*--sound-length with 1 or more"):
+            export(tmp_path / "dots3_note", tmp_path / "out", multimodal=True, sound_length=length)
+
+
+def test_a_length_that_the_encoder_does_not_take_is_the_users_to_change(tmp_path: Path) -> None:
+    model = loaded("nemo_speechlm", tmp_path).module
+    with pytest.raises(UsageError, match=r"does not run on 50 frames of sound: .*8.*another --sound-length"):
+        cutting.cut(model, media.of_model(model, None, 50)[0])
+    (own,) = media.of_model(model, None)[0]
+    short = {name: value[:, :50] for name, value in own.varying.items()}
+    with pytest.raises(ImpossibleError, match="leave out --multimodal"):  # nothing that the user chose
+        cutting.cut(model, [dataclasses.replace(own, varying=short)])
 
 
 def test_other_pieces_are_of_the_same_kind() -> None:

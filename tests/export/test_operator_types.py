@@ -99,3 +99,26 @@ def test_an_export_in_bfloat16_is_valid(tmp_path: Path) -> None:
     assert kinds["TopK"] == kinds["Cos"] == ir.DataType.FLOAT
     assert kinds["Gemm"] == kinds["Softmax"] == ir.DataType.BFLOAT16
     assert "is invalid" not in refusal(model)
+
+
+class Rounded(nn.Module):
+    """A model in float32 that chooses among scores of 16 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 12)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values, index = self.gate(x).to(torch.bfloat16).topk(2, dim=-1)
+        return values.float(), index
+
+
+def test_a_model_in_float32_that_rounds_is_valid(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    out = tmp_path / "m.onnx"
+    report = sparse_onnx.export((Rounded().eval(), {"x": torch.randn(3, 8)}, {"x": {0: "batch"}}), out)
+    assert report.verify is not None and report.verify.passed
+    model = io.load(out)
+    annotate(model)
+    (node,) = [each for each in model.graph if each.op_type == "TopK"]
+    assert node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.FLOAT

@@ -50,6 +50,44 @@ def test_a_bfloat16_file_is_run_rounded(tmp_path: Path) -> None:
     assert "each operator in float32 and its result rounded" in note and "no bfloat16 kernel for" in note
 
 
+class Looked(nn.Module):
+    """Values are moved only, for which onnxruntime has kernels of bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 8)
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        return self.table(index)
+
+
+class Moved(Looked):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return torch.cat([x, self.table.weight]).float()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda: (
+            Looked().eval(),
+            {"index": torch.arange(5)},
+            {"index": {0: "batch"}},
+        ),  # an output in bfloat16
+        lambda: (Moved().eval(), {"x": torch.randn(3, 8)}, AXES),  # an input
+    ],
+)
+def test_a_bfloat16_file_that_onnxruntime_loads_is_run_rounded(source: Any, tmp_path: Path) -> None:
+    """numpy has no bfloat16 to give to it or to take."""
+    out = tmp_path / "m.onnx"
+    report = sparse_onnx.export(source(), out, dtype="bfloat16")
+    sessions.create_session(out)
+    (note,) = [note for note in report.notes if "file itself" in note]
+    assert (
+        "no bfloat16 inputs and outputs in Python" in note and "differs from torch's bfloat16 by 0 " in note
+    )
+
+
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
 def test_a_broken_file_is_refused(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "m.onnx"
@@ -104,9 +142,72 @@ def test_a_number_as_an_answer(tmp_path: Path) -> None:
     assert report.verify is not None and report.verify.passed
 
 
+class Chosen(nn.Module):
+    """The two best of each row; all others are left out by minus infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.scores(x)
+        values, index = scores.topk(2, dim=-1)
+        return torch.full_like(scores, float("-inf")).scatter(-1, index, values)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_infinities_that_are_the_models_own(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = (Chosen().eval(), {"x": torch.randn(3, 8)}, AXES)
+    report = sparse_onnx.export(source, tmp_path / "m.onnx", dtype=kind)
+    assert any("file itself" in note and "nan" not in note for note in report.notes)
+
+
+class Several(nn.Module):
+    """Integers first, then nothing, and what is computed last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scores = self.scores(x)
+        return scores.argmax(-1), scores[:, 6:], scores
+
+
+def test_all_outputs_are_compared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    given = (Several().eval(), {"x": torch.randn(3, 8)}, AXES)
+    out = tmp_path / "m.onnx"
+    sparse_onnx.export(given, out, dtype="float16")
+    source = exporters.load(Made(given, {"dtype": "float16"}))
+    runs = [source.interface.run("3", source.interface.draw({"batch": 3}), {"batch": 3})]
+    assert "differs from torch's" in sixteen.compare(source, out, runs, "float16")
+    with torch.no_grad():
+        source.module.scores.weight[1:] *= 0.5
+    with pytest.raises(VerificationError, match="the float16 file differs from torch by"):
+        sixteen.compare(source, out, runs, "float16")
+
+
+def test_what_is_not_finite_is_to_be_the_same_and_padding_anything() -> None:
+    inf, nan = np.inf, np.nan
+    expected = np.array(
+        [[[inf, nan, 2], [1, 2, 4], [-inf, 1, 1], [1, 1, 1], [nan, 1, 1], [0, 0, 0]]], np.float32
+    )
+    actual = np.array(
+        [[[inf, nan, 3], [1, 2, 4], [inf, 1, 1], [1, nan, 1], [inf, 1, 1], [9, inf, 9]]], np.float32
+    )
+    run = Run("1x6", {"mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}, {}, frozenset({"mask"}))
+    gap, scale = sixteen.gaps(expected, actual, run, 0)
+    np.testing.assert_array_equal(gap, [1, 0, inf, inf, inf])
+    np.testing.assert_array_equal(scale, [2, 4, 1, 1, 1])
+    assert sixteen.gaps(expected[:, :0], actual[:, :0], Run("1x0", {}, {}), 0)[0].shape == (0,)
+    assert np.isinf(sixteen.gaps(expected, actual[:, :2], run, 0)[0]).all()
+
+
 @pytest.mark.parametrize("largest", [1.0, 65504.0, float("inf"), float("nan")])
 @pytest.mark.parametrize("kind", ["NllbMoeEncoderLayer", "NllbMoeDecoderLayer"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_values_that_overflow_are_clamped_in_the_graph(kind: str, dtype: torch.dtype, largest: float) -> None:
     """As transformers' own layers do it: all values, where one is not finite."""
     layer: Any = getattr(modeling_nllb_moe, kind)(config("nllb")).to(dtype).eval()
@@ -121,6 +222,23 @@ def test_values_that_overflow_are_clamped_in_the_graph(kind: str, dtype: torch.d
             actual = layer(states, None)
     assert names == [kind] and modeling_nllb_moe.torch is torch
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_other_threads_keep_their_torch() -> None:
+    """transformers' module is the same object in all of them."""
+    seen: list[Any] = []
+
+    class Layer(modeling_nllb_moe.NllbMoeDecoderLayer):
+        def self_attn_layer_norm(self, states: torch.Tensor) -> torch.Tensor:  # in the midst of the forward
+            seen.append(modeling_nllb_moe.torch)
+            return states
+
+    Layer.__module__ = modeling_nllb_moe.__name__
+    layer = Layer.__new__(Layer)
+    nn.Module.__init__(layer)
+    with pytest.raises(AttributeError, match="self_attn"):  # of which it has none
+        overflow.clamped(layer, modeling_nllb_moe.NllbMoeDecoderLayer.forward, torch.ones(1, 2, 4))
+    assert seen == [torch]
 
 
 def test_a_layer_that_asks_nothing_is_left_alone() -> None:

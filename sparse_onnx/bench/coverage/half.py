@@ -128,11 +128,8 @@ def _per_token(expected: Sequence[np.ndarray], actual: Sequence[np.ndarray], run
         return np.array([np.inf])
     errors = []
     for output, (left, right) in enumerate(zip(expected, actual, strict=True)):
-        keep, width = run.kept(output, left.shape), left.shape[-1] if left.ndim else 1
-        left, right = (run.rows(output, each)[keep].reshape(-1, width) for each in (left, right))
-        finite = np.isfinite(left)
-        gap = np.where(finite, np.abs(np.where(finite, left, 0) - np.where(finite, right, 0)), 0).max(axis=-1)
-        gap[(finite != np.isfinite(right)).any(axis=-1)] = np.inf
-        scale = np.where(finite, np.abs(left), 0).max(axis=-1)
+        gap, scale = sixteen.gaps(left, right, run, output)
+        if not gap.size:
+            continue
         errors.append(gap / np.maximum(scale, max(float(np.median(scale)), 1e-30)))
-    return np.concatenate(errors)
+    return np.concatenate(errors) if errors else np.zeros(1)

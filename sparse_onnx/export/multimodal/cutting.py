@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_onnx.core.errors import ImpossibleError
+from sparse_onnx.core.errors import ImpossibleError, UsageError
 from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.multimodal.media import Media, owner
 from sparse_onnx.export.multimodal.prompts import Prompt, prompt
@@ -25,25 +25,33 @@ _ROUNDING = 1e-4
 def cut(module: Any, media: Sequence[Media]) -> Whole:
     """
     Raises:
+        UsageError: an encoder does not take the size that the user gave.
         ImpossibleError: the pieces do not give what the whole model gives, or the decoder takes what no piece gives.
     """
     try:
         return _cut(module, tuple(media))
-    except ImpossibleError:
+    except (ImpossibleError, UsageError):
         raise
     except Exception as error:  # whatever the model raises on its own sample inputs
+        kinds = " and ".join(each.kind for each in media)
         raise ImpossibleError(
-            f"the model does not run on a sample image: {first_line(error)}", _HINT
+            f"the model does not run on sample {kinds}: {first_line(error)}", _HINT
         ) from error
 
 
+def _encoded(module: Any, media: Media) -> Any:
+    method = getattr(owner(module, media.method), media.method)
+    try:
+        return method(**media.varying, **media.fixed, return_dict=True)
+    except Exception as error:  # whatever the model raises
+        reason = f"the model does not run on {media.described}: {first_line(error)}"
+        if media.option:
+            raise UsageError(reason, f"another {media.option}") from error
+        raise ImpossibleError(reason, _HINT) from error
+
+
 def _cut(module: Any, media: tuple[Media, ...]) -> Whole:
-    outputs = {
-        each.kind: getattr(owner(module, each.method), each.method)(
-            **each.varying, **each.fixed, return_dict=True
-        )
-        for each in media
-    }
+    outputs = {each.kind: _encoded(module, each) for each in media}
     failures = []
     for projects in (True, False) if hasattr(module, "multi_modal_projector") else (False,):
         whole = Whole(media, outputs, projects)

@@ -30,7 +30,8 @@ _CHANNELS = ("in_channels", "num_channels")
 class Media:
     """One image or one piece of sound. `varying` are the inputs of its encoder's graph, by the names of the model's
     forward, `fixed` those that become constants of it; `described` is its size in words, `open_axes` names axes of the
-    varying inputs of any length, beside the number of pieces."""
+    varying inputs of any length, beside the number of pieces; `option` is the one that gave the size, where the user
+    did."""
 
     kind: str
     method: str
@@ -39,6 +40,7 @@ class Media:
     fixed: Mapping[str, Tensor]
     described: str
     open_axes: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    option: str = ""
 
     def drawn(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Another piece of the same size."""
@@ -75,12 +77,12 @@ def of_model(
         UsageError: the model takes no images of this size, or no sound of this length.
         ImpossibleError: it takes neither images nor sound, or in no form that is known.
     """
-    kinds: dict[str, tuple[str, Any, Any]] = {
-        "image": ("get_image_features", _image, image_size),
-        "audio": ("get_audio_features", _audio, sound_length),
+    kinds: dict[str, tuple[str, Any, Any, str]] = {
+        "image": ("get_image_features", _image, image_size, "--image-size"),
+        "audio": ("get_audio_features", _audio, sound_length, "--sound-length"),
     }
     found, reasons = [], []
-    for kind, (method, make, size) in kinds.items():
+    for kind, (method, make, size, option) in kinds.items():
         part = owner(model, method)
         if (
             part is None
@@ -91,7 +93,8 @@ def of_model(
         try:
             if token is None:
                 raise ImpossibleError("its configuration names no token for it")
-            found.append(make(model, set(inspect.signature(getattr(part, method)).parameters), token, size))
+            made = make(model, set(inspect.signature(getattr(part, method)).parameters), token, size)
+            found.append(made if size is None else dataclasses.replace(made, option=option))
         except ImpossibleError as error:
             reasons.append(f"no {kind} encoder: {error.message}")
     if not found:

@@ -43,7 +43,7 @@ def sample(model: Any, takes: set[str], length: int | None = None) -> Sound:
     config, generator = model.config.audio_config, torch.Generator().manual_seed(1)
     samples = getattr(config, "samples_per_token", None)
     if "input_values" in takes and samples is not None:  # a waveform
-        length = length or _TOKENS * samples
+        length = _TOKENS * samples if length is None else length
         if length % samples:
             raise UsageError(
                 f"{length} samples of sound are no multiple of the model's {samples} a token",
@@ -62,7 +62,7 @@ def sample(model: Any, takes: set[str], length: int | None = None) -> Sound:
         ids = torch.randint(words, (1, _TOKENS, bins), generator=generator)
         ids[..., 0, 0] = words - 1  # the sample tells the range of others
         return Sound({"audio_input_ids": ids}, {}, "any number of frames of sound", {1: "frames"})
-    length = length or _FRAMES
+    length = _FRAMES if length is None else length
     form = _spectrogram(config, takes, length)
     if "input_features" not in takes or form is None:
         raise ImpossibleError("sound in a form that is not known")
