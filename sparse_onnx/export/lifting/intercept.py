@@ -108,9 +108,10 @@ class Calls(TorchFunctionMode):
                 raise each.refusal()
         place = unshaped.called(func, args, kwargs or {})
         result = _made(func, args, kwargs or {})
-        for each in (result, args[0] if func is Tensor.__setitem__ else None) if place is not None else ():
-            if isinstance(each, Tensor):
-                unshaped.mark(each, place)
+        if place is not None:
+            for each in (result, args[0] if func is Tensor.__setitem__ else None):
+                if isinstance(each, Tensor):
+                    unshaped.mark(each, place)
         return result
 
 
