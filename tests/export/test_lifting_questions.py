@@ -78,3 +78,49 @@ ASKED: dict[str, Callable[[Any], Any]] = {
 def test_each_question_is_refused(asked: Callable[[Any], Any]) -> None:
     with pytest.raises(ImpossibleError, match="makes a Python list"):
         asked(Numbers(torch.arange(3), PLACE))
+
+
+class Found(Routed):
+    """Rows are found by all samples that an export compares."""
+
+    def outs(self, x: Tensor) -> list[Tensor]:
+        index, there, outs = self.index(x), x[:, 0] > -50, []
+        for at, expert in enumerate(self.experts):
+            rows = torch.where((index == at) & there)[0]
+            if rows.numel() == 0:
+                continue
+            outs.append(expert(x[rows]))
+        return outs
+
+
+class EmptyFirst(Found):
+    """Python asks the list on the left, which knows its length."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = self.outs(x)
+        if [] == outs:
+            return x.sum(0) * 3
+        return torch.cat(outs).sum(0)
+
+
+class Joined(Found):
+    def forward(self, x: Tensor) -> Tensor:
+        outs = [] + self.outs(x)
+        if len(outs) == 0:
+            return x.sum(0) * 3
+        return torch.cat(outs).sum(0)
+
+
+class EmptyIsTrue(Found):
+    def forward(self, x: Tensor) -> Tensor:
+        outs = self.outs(x)
+        if (len(outs) == 0) == True:  # noqa: E712
+            return x.sum(0) * 3
+        return torch.cat(outs).sum(0)
+
+
+@pytest.mark.parametrize("kind", [EmptyFirst, Joined, EmptyIsTrue])
+def test_a_list_of_unknown_length_is_not_compared_either(kind: type, tmp_path: Path) -> None:
+    with pytest.raises(ImpossibleError):
+        exported(kind, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()

@@ -124,8 +124,9 @@ def _guarded(name: str) -> Any:
     plain = getattr(list, name)
 
     def method(self: SomeItems, *args: Any, **kwargs: Any) -> Any:
-        if self.place is not None:
-            raise self._error()
+        for each in (self, *args):  # of two such lists Python asks the left one, as in `[] == outs`
+            if isinstance(each, SomeItems) and each.place is not None:
+                raise each._error()
         return plain(self, *args, **kwargs)
 
     method.__name__ = name
@@ -214,3 +215,9 @@ class Negated:
 
     def __bool__(self) -> bool:
         return not self.items
+
+    def _refused(self, *args: Any) -> Any:
+        raise self.items._error()
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refused  # type: ignore[assignment]
+    __index__ = __int__ = __float__ = __str__ = __format__ = _refused
