@@ -31,19 +31,7 @@ _UNARY = frozenset(
     getattr(place, name)
     for place in (torch, Tensor, F)
     for name in [
-        "relu",
-        "gelu",
-        "silu",
-        "sigmoid",
-        "tanh",
-        "exp",
-        "log",
-        "sqrt",
-        "rsqrt",
-        "abs",
-        "neg",
-        "square",
-        "dropout",
+        *unshaped.UNARY,
         "mish",
         "elu",
         "leaky_relu",

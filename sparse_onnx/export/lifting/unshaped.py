@@ -37,26 +37,28 @@ def _property(name: str) -> Any:
 _WHOLE = _named("sum", "mean", "prod", "any", "all", "count_nonzero")
 #: Their result has the shape that they are given; its axes that they are to find out follow from the elements' number.
 _GIVEN_SHAPE = _named("view", "reshape", "view_as", "reshape_as")
+#: Of each element by itself, under these names in torch, Tensor or torch.nn.functional.
+UNARY = (
+    "relu",
+    "gelu",
+    "silu",
+    "sigmoid",
+    "tanh",
+    "exp",
+    "log",
+    "sqrt",
+    "rsqrt",
+    "abs",
+    "neg",
+    "square",
+    "dropout",
+)
 _ABOUT_NO_SHAPE = _named("numel", "nelement", "is_floating_point", "is_complex", "untyped_storage") | {
     _property(name) for name in ("dtype", "device", "layout", "requires_grad", "is_sparse", "is_quantized")
 }
 #: Without elements, and of as many axes as before; of two tensors, of those that broadcasting gives.
 _KEEPING = _named(
-    *(
-        "relu",
-        "gelu",
-        "silu",
-        "sigmoid",
-        "tanh",
-        "exp",
-        "log",
-        "sqrt",
-        "rsqrt",
-        "abs",
-        "neg",
-        "square",
-        "dropout",
-    ),
+    *UNARY,
     *("clamp", "clone", "contiguous", "detach", "float", "half", "double", "bool", "long", "int", "bfloat16"),
     *(
         "to",
