@@ -492,10 +492,14 @@ def test_experts_that_are_never_used_stay_in_the_file(tmp_path: Path) -> None:
     )
     assert plain.ran["own"] is not None and plain.ran["own"] > 0.9 * weights
     assert packed.released["own"] is not None and packed.released["own"] < 0.2 * weights
-    assert (
-        packed.released["all"] is not None and packed.released["all"] < 0.5 * weights
-    )  # ORT's own code is 10 MB
+
+    def saved(state: str) -> float:
+        """Of all memory, in which ORT's own code counts too: how much of it lies there is the system's choice."""
+        ours, theirs = (getattr(process, state)["all"] for process in (packed, plain))
+        return float(theirs - ours)
+
+    assert saved("released") > 0.7 * weights
     if VERSION < (1, 32):
-        assert packed.ran["all"] is not None and packed.ran["all"] < 0.5 * weights
+        assert saved("ran") > 0.7 * weights
     table = resident.as_text([plain, packed], [])
     assert len(table.splitlines()) == 4 and resident.PREPACKED in table
