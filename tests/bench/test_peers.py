@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 from sparse_onnx.bench import layers, measure, peers  # noqa: E402
 from sparse_onnx.bench.contestants import Feeds  # noqa: E402
 from sparse_onnx.bench.measure import Contestant  # noqa: E402
-from sparse_onnx.bench.peers_base import Setting  # noqa: E402
+from sparse_onnx.bench.peers.base import Setting  # noqa: E402
 from sparse_onnx.core.errors import ImpossibleError  # noqa: E402
 
 HIDDEN, INNER, EXPERTS, TOP_K = 256, 512, 8, 4
@@ -108,7 +108,7 @@ def test_compiled_torch(built: layers.SparseLayers, tmp_path: Path) -> None:
 def test_compiled_gathering_is_left_out_where_it_does_not_fit(
     built: layers.SparseLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparse_onnx.bench.peers_torch.FITS", 4.0 * TOP_K * 2 * INNER * HIDDEN - 1)
+    monkeypatch.setattr("sparse_onnx.bench.peers.torch.FITS", 4.0 * TOP_K * 2 * INNER * HIDDEN - 1)
     with peers.Peers(built, "float32", tmp_path, 1, only=[peers.COMPILED_BATCHED]) as made:
         found, left_out = made.on(feeds_of(1))
     assert not found
@@ -134,7 +134,7 @@ def test_openvino_compressed(
 def test_compression_leaves_the_router_and_nothing_else(ours: Path) -> None:
     import openvino
 
-    from sparse_onnx.bench.peers_openvino import compress
+    from sparse_onnx.bench.peers.openvino import compress
 
     model = openvino.Core().read_model(ours)
     router = {HIDDEN, EXPERTS}
@@ -154,7 +154,7 @@ def test_compression_leaves_the_router_and_nothing_else(ours: Path) -> None:
 def test_a_graph_without_weights_to_compress_is_refused(tmp_path: Path) -> None:
     import openvino
 
-    from sparse_onnx.bench.peers_openvino import compress
+    from sparse_onnx.bench.peers.openvino import compress
 
     rows, result = (
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["tokens", size])
@@ -284,11 +284,11 @@ def test_wrong_and_broken_peers_are_left_out_with_the_reason(
 def test_what_is_not_installed_is_left_out(
     built: layers.SparseLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparse_onnx.bench import peers_ggml_library
+    from sparse_onnx.bench.peers import ggml_library
 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in NEEDS else find(name))
-    peers_ggml_library.library.cache_clear()
+    ggml_library.library.cache_clear()
     for precision, packages in (("float32", ("openvino",)), ("int8", ("openvino",)), ("int4", ("openvino",))):
         optional = [peers.OPENVINO_OURS, *GGML[precision]]
         with peers.Peers(built, precision, tmp_path, 1, only=optional) as made:  # type: ignore[arg-type]

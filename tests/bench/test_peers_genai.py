@@ -11,7 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from sparse_onnx.bench import contestants, layers, peers, peers_genai  # noqa: E402
+from sparse_onnx.bench import contestants, layers, peers  # noqa: E402
+from sparse_onnx.bench.peers import genai  # noqa: E402
 
 HIDDEN, INNER, EXPERTS, TOP_K = 256, 512, 8, 4
 
@@ -28,7 +29,7 @@ def built() -> layers.SparseLayers:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_qmoe_is_what_the_builder_writes(built: layers.SparseLayers, bits: int, tmp_path: Path) -> None:
     path = tmp_path / "q.onnx"
-    peers_genai.build_qmoe(built, path, bits)
+    genai.build_qmoe(built, path, bits)
     model = onnx.load(path)
     nodes = {node.op_type: node for node in model.graph.node}
     assert list(nodes) == ["MatMul", "QMoE", "Add"]
@@ -72,10 +73,10 @@ def test_qmoe_computes_with_the_rounded_weights(
     rounded = build()
     experts = rounded.parts[0].experts
     for weights in (experts.gate_up_proj, experts.down_proj):
-        (_, data), (_, scales) = peers_genai.quantized(weights, bits)
+        (_, data), (_, scales) = genai.quantized(weights, bits)
         weights.copy_(torch.from_numpy(numbers(data, scales, bits)))
     path = tmp_path / "q.onnx"
-    peers_genai.build_qmoe(built, path, bits)
+    genai.build_qmoe(built, path, bits)
     session = contestants.create(path, 1)
     for tokens in (1, 9):
         x = np.random.default_rng(tokens).standard_normal((tokens, HIDDEN), dtype=np.float32)
@@ -85,7 +86,7 @@ def test_qmoe_computes_with_the_rounded_weights(
 
 def test_rows_of_part_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="48 inputs are not whole blocks of 32"):
-        peers_genai.quantized(torch.ones(2, 4, 48), 4)
+        genai.quantized(torch.ones(2, 4, 48), 4)
 
 
 def numbers(data: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:

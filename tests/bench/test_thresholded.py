@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from sparse_onnx.bench import thresholded, thresholded_layers, thresholded_page
-from sparse_onnx.bench.thresholded_page import BEGIN, END
+from sparse_onnx.bench.thresholded import __main__ as thresholded
+from sparse_onnx.bench.thresholded import layers
+from sparse_onnx.bench.thresholded import page as pages
+from sparse_onnx.bench.thresholded.page import BEGIN, END
 from sparse_onnx.core.errors import ModelError
 
 SIZE = 256
 
 
-@pytest.mark.parametrize("dtype", (*thresholded_layers.TYPES, "gated"))
+@pytest.mark.parametrize("dtype", (*layers.TYPES, "gated"))
 def test_every_kind_runs_and_a_copy_computes_what_it_copies(dtype: str, kernels: Path) -> None:
-    for kind in thresholded_layers.kinds(dtype):
+    for kind in layers.kinds(dtype):
         session = thresholded._session(kind, SIZE, SIZE, 2, 1)
         for tokens in (1, 5):
             x = np.random.default_rng(tokens).standard_normal((tokens, SIZE)).astype(np.float32)
@@ -32,7 +34,7 @@ def test_every_kind_runs_and_a_copy_computes_what_it_copies(dtype: str, kernels:
 
 def test_thresholds_skip_the_share_that_they_are_named_for() -> None:
     x = np.random.default_rng(0).standard_normal(200_000)
-    for share, tau in thresholded_layers.TAU.items():
+    for share, tau in layers.TAU.items():
         assert np.mean(np.abs(x) <= tau) * 100 == pytest.approx(share, abs=0.5)
 
 
@@ -81,14 +83,14 @@ def test_a_run_goes_on_and_writes_the_page(
 
 def test_results_of_something_else_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
-    document = thresholded_page.read(None, 1.0, 2)
+    document = pages.read(None, 1.0, 2)
     file.write_text(json.dumps(document))
-    assert thresholded_page.read(file, 1.0, 2) == document
+    assert pages.read(file, 1.0, 2) == document
     with pytest.raises(ModelError, match="other versions, another machine or other settings"):
-        thresholded_page.read(file, 1.0, 3)
+        pages.read(file, 1.0, 3)
     file.write_text("[]")
     with pytest.raises(ModelError, match="holds no results"):
-        thresholded_page.read(file, 1.0, 2)
+        pages.read(file, 1.0, 2)
     (tmp_path / "page.md").write_text("nothing")
     with pytest.raises(ModelError, match="no marks"):
-        thresholded_page.put(tmp_path / "page.md", document)
+        pages.put(tmp_path / "page.md", document)

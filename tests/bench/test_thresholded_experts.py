@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from sparse_onnx.bench import thresholded_experts as bench
+from sparse_onnx.bench.thresholded import experts as bench
 from sparse_onnx.optimize import tune
 from sparse_onnx.optimize.watched import Counted, Dialled
 from sparse_onnx.sparsify.record import acting

@@ -11,12 +11,11 @@ import onnx
 import pytest
 from text_graphs import graph
 
-from sparse_onnx.bench import thresholded_models as bench
-from sparse_onnx.bench import thresholded_speed as speed
-from sparse_onnx.bench import thresholded_tables as tables
-from sparse_onnx.bench.thresholded_cases import Amounts, Base, Case
-from sparse_onnx.bench.thresholded_quality import Examiner, order_of_pairs, same_neighbour
-from sparse_onnx.bench.thresholded_variants import Variant, only, plan_of, recipes, role, variants
+from sparse_onnx.bench.thresholded import models as bench
+from sparse_onnx.bench.thresholded import speed, tables
+from sparse_onnx.bench.thresholded.cases import Amounts, Base, Case
+from sparse_onnx.bench.thresholded.quality import Examiner, order_of_pairs, same_neighbour
+from sparse_onnx.bench.thresholded.variants import Variant, only, plan_of, recipes, role, variants
 from sparse_onnx.calibrate import calibrate
 from sparse_onnx.core.calibration import CENTRES, SPARSITIES, Calibration, DataRecord, SiteRecord
 from sparse_onnx.core.errors import ImpossibleError, UsageError, VerificationError

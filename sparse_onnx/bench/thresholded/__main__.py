@@ -28,9 +28,9 @@ import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper  # noqa: TID251 - the models are parts of the measurement
 
-from sparse_onnx.bench import thresholded_page as page
 from sparse_onnx.bench.measure import NO_SPINNING, Contestant, interleave
-from sparse_onnx.bench.thresholded_layers import FLOATS, MICROSOFT, TAU, TYPES, Kind, cast, kinds
+from sparse_onnx.bench.thresholded import page
+from sparse_onnx.bench.thresholded.layers import FLOATS, MICROSOFT, TAU, TYPES, Kind, cast, kinds
 from sparse_onnx.blocks.spec import DOMAIN
 from sparse_onnx.core.errors import SparseOnnxError
 from sparse_onnx.kernels import build, register_kernels

@@ -15,7 +15,7 @@ import numpy as np
 
 from sparse_onnx.bench.contestants import SETTLE_S, Feeds
 from sparse_onnx.bench.measure import Contestant
-from sparse_onnx.bench.peers_base import environment, require
+from sparse_onnx.bench.peers.base import environment, require
 
 #: Blocks of compressed 4-bit weights, as in the other peers; NNCF's own default is 128.
 _GROUP = 32

@@ -1,4 +1,4 @@
-"""The tables of `bench.thresholded_models`, as a section of a page."""
+"""The tables of `bench.thresholded.models`, as a section of a page."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from sparse_onnx.bench.tables import markdown, number
-from sparse_onnx.bench.thresholded_variants import BEST, OVER_ALL, SHARES, Variant, recipes, variants
+from sparse_onnx.bench.thresholded.variants import BEST, OVER_ALL, SHARES, Variant, recipes, variants
 from sparse_onnx.core.calibration import CENTRES
 from sparse_onnx.core.errors import UsageError
 
-BEGIN = "<!-- python -m sparse_onnx.bench.thresholded_models -->"
+BEGIN = "<!-- python -m sparse_onnx.bench.thresholded.models -->"
 END = "<!-- end of the measurements -->"
 _TITLES = {
     "smollm2": "SmolLM2-135M",

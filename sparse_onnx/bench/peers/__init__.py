@@ -2,12 +2,12 @@
 
 | peer | float32 | int8 | int4 | is |
 | --- | --- | --- | --- | --- |
-| `com.microsoft::MoE`, `QMoE` | yes | blocks of 32 | blocks of 32 | ORT's fused operators, by `peers_genai` |
+| `com.microsoft::MoE`, `QMoE` | yes | blocks of 32 | blocks of 32 | ORT's fused operators, by `genai` |
 | transformers | yes | - | - | its OnnxExporter, on ORT |
 | mobius | yes | - | - | its dense masks (`spelled.write_masked`), on ORT |
-| PyTorch | yes | - | - | transformers' experts, eager and compiled: `peers_torch` |
-| OpenVINO | yes | a channel | blocks of 32 | transformers' graph and ours; ours by NNCF: `peers_openvino` |
-| ggml | F32 | Q8_0 | Q4_0, Q4_K | `mul_mat_id` in llama.cpp's graph: `peers_ggml` |
+| PyTorch | yes | - | - | transformers' experts, eager and compiled: `torch` |
+| OpenVINO | yes | a channel | blocks of 32 | transformers' graph and ours; ours by NNCF: `openvino` |
+| ggml | F32 | Q8_0 | Q4_0, Q4_K | `mul_mat_id` in llama.cpp's graph: `ggml` |
 
 Activations, routers and results are float32 in all of them; what a kernel rounds inside is its own affair (ORT's QMoE
 in 8 bits, OpenVINO and ggml round activations to 8 bits too). OpenVINO, NNCF and llama-cpp-python are optional: a peer
@@ -31,7 +31,7 @@ from sparse_onnx.bench import contestants, rivals, spelled
 from sparse_onnx.bench.contestants import Feeds
 from sparse_onnx.bench.layers import SparseLayers
 from sparse_onnx.bench.measure import Contestant
-from sparse_onnx.bench.peers_base import Peer, Precision, Setting
+from sparse_onnx.bench.peers.base import Peer, Precision, Setting
 from sparse_onnx.core.errors import SparseOnnxError
 from sparse_onnx.export.failure import root_line
 
@@ -88,7 +88,7 @@ def _moe(name: str, setting: Setting) -> Peer:
 
 def _qmoe(bits: int) -> Callable[[str, Setting], Peer]:
     def make(name: str, setting: Setting) -> Peer:
-        from sparse_onnx.bench.peers_genai import build_qmoe
+        from sparse_onnx.bench.peers.genai import build_qmoe
 
         path = setting.file(f"peer-qmoe{bits}", lambda path: build_qmoe(setting.layers, path, bits))
         return OnnxFile(name, path, setting.threads)
@@ -107,7 +107,7 @@ def _mobius(name: str, setting: Setting) -> Peer:
 
 def _eager(experts: str) -> Callable[[str, Setting], Peer]:
     def make(name: str, setting: Setting) -> Peer:
-        from sparse_onnx.bench.peers_torch import Eager
+        from sparse_onnx.bench.peers.torch import Eager
 
         return Eager(name, setting, experts)
 
@@ -116,7 +116,7 @@ def _eager(experts: str) -> Callable[[str, Setting], Peer]:
 
 def _compiled(experts: str) -> Callable[[str, Setting], Peer]:
     def make(name: str, setting: Setting) -> Peer:
-        from sparse_onnx.bench.peers_torch import Compiled
+        from sparse_onnx.bench.peers.torch import Compiled
 
         return Compiled(name, setting, experts)
 
@@ -125,7 +125,7 @@ def _compiled(experts: str) -> Callable[[str, Setting], Peer]:
 
 def _openvino(path: Callable[[Setting], Path], bits: int | None = None) -> Callable[[str, Setting], Peer]:
     def make(name: str, setting: Setting) -> Peer:
-        from sparse_onnx.bench.peers_openvino import OpenVino, installed
+        from sparse_onnx.bench.peers.openvino import OpenVino, installed
 
         installed(bits)
         gate = setting.layers.parts[0].gate.weight
@@ -136,9 +136,9 @@ def _openvino(path: Callable[[Setting], Path], bits: int | None = None) -> Calla
 
 def _ggml(kind: str) -> Callable[[str, Setting], Peer]:
     def make(name: str, setting: Setting) -> Peer:
-        from sparse_onnx.bench import peers_ggml, peers_ggml_library
+        from sparse_onnx.bench.peers import ggml, ggml_library
 
-        return peers_ggml.Ggml(name, setting, getattr(peers_ggml_library, kind))
+        return ggml.Ggml(name, setting, getattr(ggml_library, kind))
 
     return make
 

@@ -12,7 +12,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from sparse_onnx.bench.peers_base import require
+from sparse_onnx.bench.peers.base import require
 from sparse_onnx.core.errors import ImpossibleError
 
 #: ggml's numbers of its element types, which are those in GGUF files.

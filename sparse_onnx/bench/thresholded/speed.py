@@ -19,8 +19,8 @@ import numpy as np
 import onnxruntime
 
 from sparse_onnx.bench.measure import NO_SPINNING, Contestant, interleave
-from sparse_onnx.bench.thresholded_cases import Case, Feeds
-from sparse_onnx.bench.thresholded_variants import Variant
+from sparse_onnx.bench.thresholded.cases import Case, Feeds
+from sparse_onnx.bench.thresholded.variants import Variant
 from sparse_onnx.targets import session as sessions
 
 #: Texts that take turns.

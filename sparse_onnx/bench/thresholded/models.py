@@ -1,6 +1,6 @@
-"""`python -m sparse_onnx.bench.thresholded_models`: thresholds in whole models: quality, bytes skipped, and speed.
+"""`python -m sparse_onnx.bench.thresholded.models`: thresholds in whole models: quality, bytes skipped, and speed.
 
-Models of `bench.thresholded_cases`, in the variants of `bench.thresholded_variants`: dense in each type of weights,
+Models of `bench.thresholded.cases`, in the variants of `bench.thresholded.variants`: dense in each type of weights,
 thresholded at 10 to 60 % by each centre, and by the recipes of others. `--json FILE` holds what was measured, and what
 is there is not measured again; `--docs PAGE` writes the tables into the page, between its markers.
 
@@ -18,9 +18,9 @@ from typing import Any
 
 import click
 
-from sparse_onnx.bench import thresholded_speed as speed
-from sparse_onnx.bench.thresholded_cases import NAMES, Amounts, Case, Name, prepare
-from sparse_onnx.bench.thresholded_variants import Variant, variants
+from sparse_onnx.bench.thresholded import speed
+from sparse_onnx.bench.thresholded.cases import NAMES, Amounts, Case, Name, prepare
+from sparse_onnx.bench.thresholded.variants import Variant, variants
 from sparse_onnx.core.errors import ImpossibleError, UsageError
 from sparse_onnx.core.report import tool_versions
 from sparse_onnx.targets import machine
@@ -78,7 +78,7 @@ def measure_quality(
     case: Case, wanted: list[Variant], store: Store, threads: int, say: Callable[[str], None]
 ) -> None:
     """What is not in the store yet."""
-    from sparse_onnx.bench.thresholded_quality import Examiner
+    from sparse_onnx.bench.thresholded.quality import Examiner
 
     held = store.quality(case.name)
     missing = [variant for variant in wanted if variant.key not in held]
@@ -140,7 +140,7 @@ def main(
     amounts: str | None,
     docs: Path | None,
 ) -> None:
-    from sparse_onnx.bench import thresholded_tables as tables
+    from sparse_onnx.bench.thresholded import tables
 
     size = parse_amounts(amounts)
     store = Store(path, size)

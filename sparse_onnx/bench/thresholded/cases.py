@@ -1,4 +1,4 @@
-"""The models of `bench.thresholded_models`: their weights in every type, their calibrations, and their text.
+"""The models of `bench.thresholded.models`: their weights in every type, their calibrations, and their text.
 
 | | is | quality on held-out text |
 | --- | --- | --- |
@@ -20,8 +20,8 @@ from typing import Literal
 import numpy as np
 
 from sparse_onnx.bench import real_models, real_texts
-from sparse_onnx.bench.thresholded_files import write
-from sparse_onnx.bench.thresholded_variants import Variant, Weights, plan_of
+from sparse_onnx.bench.thresholded.files import write
+from sparse_onnx.bench.thresholded.variants import Variant, Weights, plan_of
 from sparse_onnx.calibrate import calibrate
 from sparse_onnx.calibrate.data import Data
 from sparse_onnx.core.calibration import Calibration

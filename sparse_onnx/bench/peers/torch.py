@@ -12,7 +12,7 @@ from sparse_onnx.bench import contestants
 from sparse_onnx.bench.contestants import Feeds
 from sparse_onnx.bench.layers import SparseLayers
 from sparse_onnx.bench.measure import Contestant
-from sparse_onnx.bench.peers_base import Setting
+from sparse_onnx.bench.peers.base import Setting
 from sparse_onnx.bench.recognised import FITS, copied_bytes
 from sparse_onnx.core.errors import ImpossibleError
 

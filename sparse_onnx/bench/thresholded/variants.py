@@ -1,4 +1,4 @@
-"""The ways to skip inputs that `bench.thresholded_models` compares, as plans out of one calibration.
+"""The ways to skip inputs that `bench.thresholded.models` compares, as plans out of one calibration.
 
 Our own rows skip the same share of each block and within it by error for bytes, with one centre for all layers, or
 with the best of the four for each; `over all` is the latter by error for bytes over the whole model. Recipes are what

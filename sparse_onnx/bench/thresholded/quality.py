@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from sparse_onnx.bench.thresholded_cases import Case, Feeds
-from sparse_onnx.bench.thresholded_variants import Variant, plan_of
+from sparse_onnx.bench.thresholded.cases import Case, Feeds
+from sparse_onnx.bench.thresholded.variants import Variant, plan_of
 from sparse_onnx.core.errors import VerificationError
 from sparse_onnx.core.report import ThresholdsRecord
 from sparse_onnx.graph import io

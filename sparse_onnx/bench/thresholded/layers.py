@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper  # noqa: TID251 - the models are parts of the measurement
 
-from sparse_onnx.bench.thresholded_gated import dense_gated, gate_tau, thresholded_gated
+from sparse_onnx.bench.thresholded.gated import dense_gated, gate_tau, thresholded_gated
 from sparse_onnx.blocks.spec import DOMAIN
 
 TYPES = ("float32", "float16", "bfloat16", "int8", "int4")

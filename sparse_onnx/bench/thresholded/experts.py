@@ -1,4 +1,4 @@
-"""`python -m sparse_onnx.bench.thresholded_experts`: thresholds in experts, in each form that can have them.
+"""`python -m sparse_onnx.bench.thresholded.experts`: thresholds in experts, in each form that can have them.
 
 One block of gated experts (SiLU, gate and up in one matrix) on standard normal inputs, each token with experts of its
 own draw: without thresholds in the form `grouped`, and with thresholds, by the native kernels, in `grouped`, `branched`

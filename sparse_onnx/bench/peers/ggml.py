@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sparse_onnx.bench import peers_ggml_library as ggml
 from sparse_onnx.bench.contestants import SETTLE_S, Feeds
 from sparse_onnx.bench.measure import Contestant
-from sparse_onnx.bench.peers_base import Setting
+from sparse_onnx.bench.peers import ggml_library as ggml
+from sparse_onnx.bench.peers.base import Setting
 from sparse_onnx.core.errors import ImpossibleError, OutsideError
 
 #: Smallest sum of a token's weights: llama.cpp clamps it so.
@@ -45,7 +45,7 @@ class Ggml:
     Args:
         name: of the contestants.
         setting: see there.
-        kind: ggml's type of the experts' weights, a number of `peers_ggml_library`.
+        kind: ggml's type of the experts' weights, a number of `ggml_library`.
 
     Raises:
         ImpossibleError: no ggml here, or sizes that are not whole blocks of the type.
