@@ -64,7 +64,8 @@ def _gated(
         up = _softcap(emit, up, spec.limit, dtype)
     elif spec.limit > 0:
         limit = emit.scalar(spec.limit, dtype)
-        gate = emit.op("Min", gate, limit)
+        # Not Min: WebGPU and CoreML have no kernel of it. A missing lower bound is the lowest finite number.
+        gate = emit.op("Clip", gate, emit.scalar(-math.inf, dtype), limit)
         up = emit.op("Clip", up, emit.scalar(-spec.limit, dtype), limit)
     if spec.beta != 0:
         up = emit.op("Add", up, emit.scalar(spec.beta, dtype))
