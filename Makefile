@@ -26,7 +26,7 @@ test: $(READY) ## the tests (below 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 test-all: $(READY) ## the tests and the slow sweeps
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m 'not gpu'
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m 'not gpu' --hypothesis-profile default
 
 lint: $(READY) ## ruff, rules and format
 	$(BIN)/ruff check .
