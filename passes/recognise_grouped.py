@@ -143,6 +143,7 @@ def _read(
         if not layers.segments.problem:
             _check_factors(rows, weight, joined)
         raise
+    dims.learn_rows(joined.outputs[0], ids)  # the experts' segments, one behind the other, are all slots
     entry = rows_of(read[0].entry)
     source = gathered(entry)
     top_k = None if source is None else quotient(source[1], order.permutation)

@@ -18,7 +18,7 @@ class Grouped:
         counts: histc, scatter, one-hot, equal, apart (one sum an expert) or rows (ones at each token's ids).
         cut: range, slice, split, running (starts added up one by one) or exclusive.
         division: div, chain, float or shift.
-        back: inverse, argsort, rows, add or add-elements.
+        back: inverse, argsort, rows, put (as torch's index_put, to rows of computed length), add or add-elements.
         whole: each expert runs from end to end on its segment.
         early: weights are applied to sorted rows.
         wrong: the change.
@@ -122,11 +122,14 @@ def grouped(**options: Any) -> onnx.ModelProto:
             y = g("ScatterElements", base, g("Expand", index, g("Shape", y)), y, axis=0, reduction="add")
     else:
         y = _returned(g, case, way, y)
+        slots = k + 1 if wrong == "wrong sum" else k
+        shape = g.array([-1, slots, d])
+        if case.back == "put":
+            shape = g("Concat", g("Shape", "x", start=0, end=1), g.array([slots, -1]), axis=0)
+        by_token = g("Reshape", y, shape)
         if case.early or wrong == "no weight":
-            width = [-1, k + 1, d] if wrong == "wrong sum" else [-1, k, d]
-            y = g("ReduceSum", g("Reshape", y, g.array(width)), g.array([1]), keepdims=0)
+            y = g("ReduceSum", by_token, g.array([1]), keepdims=0)
         else:
-            by_token = g("Reshape", y, g.array([-1, k, d]))
             y = g("Squeeze", g("MatMul", g("Unsqueeze", weight, g.array([1])), by_token), g.array([1]))
     g("Add", y, g("Cast", one, to=TensorProto.FLOAT))
     g.nodes[-1].output[0] = "y"
@@ -243,6 +246,9 @@ def _returned(g: _Writer, case: Grouped, order: str, y: str) -> str:
     shape, column = g("Shape", order), g("Unsqueeze", order, g.array([-1]))
     if case.back == "rows":
         return g("ScatterND", g("Expand", g.array(0.0, np.float32), g("Shape", y)), column, y)
+    if case.back == "put":
+        spread = g("Expand", y, g("Concat", shape, g.array([case.hidden]), axis=0))
+        return g("ScatterND", g("Expand", g.array(0.0, np.float32), g("Shape", y)), column, spread)
     if case.back == "argsort":
         inverse = g("TopK", order, shape, n=2, axis=0, largest=0)[1]
     else:

@@ -187,6 +187,10 @@ class Dims:
         two = len(lengths) == 2
         return lengths[0] in self._units(rows, None) or (two and self.as_many(data, None, rows, None))
 
+    def learn_rows(self, value: ir.Value, each: ir.Value) -> None:
+        """For a caller who has proved that `value` has one row for each element of `each`."""
+        self._learn(self.rows(value), self.total(each))
+
     def _units(self, value: ir.Value, per: int | None) -> set[Length]:
         """Their number times `per`: by how the value was computed, by its axes, by its own shape."""
         same = (value,) if per is not None else (value, rows_of(value))

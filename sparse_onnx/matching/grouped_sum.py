@@ -116,9 +116,9 @@ class Combining:
         self.shape = shape
 
     def _reshaped(self, node: ir.Node) -> list[int | None] | None:
-        known = node.outputs[0].shape
-        if known is not None:
-            return [item if isinstance(item, int) else None for item in known]
+        result = node.outputs[0]
+        if result.shape is not None:
+            return [self.dims.size(result, at) for at in range(len(result.shape))]
         if node.op_type == "Identity":
             return self.shape
         if node.op_type == "Reshape":

@@ -161,6 +161,7 @@ class SeatReader:
         for item in conditions:
             if not item.atoms <= slots | {self.expert}:
                 raise Opaque(f"condition '{item.value.name}' is not one for each slot")
+        place = dataclasses.replace(place, index=self._of_the_kept(place.index, conditions))
         unclipped, first = self._check_place(place.index, choice, slots)
         extra = [atom for atom, name in names.items() if name == "k"]
         top_k = 1 if not extra else self.algebra.lengths[extra[0]]
@@ -177,6 +178,24 @@ class SeatReader:
             experts=choice.depth,
         )
         return seats, rest, names
+
+    def _of_the_kept(self, place: Factor, conditions: Sequence[Factor]) -> Factor:
+        """`place` behind `place * kept`: they differ for slots alone that the same condition of the mask drops."""
+        item = self._unmoved(place)
+        node = producer(item.value, "Mul")
+        for value, other in () if node is None else pairs(node):
+            mask = self._unmoved(self.algebra.spread(other, item.axes))
+            if mask in map(self._unmoved, conditions):
+                return self._of_the_kept(
+                    self.algebra.plain(self.algebra.spread(value, item.axes)), conditions
+                )
+        return place
+
+    def _unmoved(self, item: Factor) -> Factor:
+        """The factor behind all steps that move or cast its elements."""
+        while (moved := self.algebra.moved(item)) is not None:
+            item = moved
+        return self.algebra.plain(item)
 
     def _names(self, choice: Hot, summed: set[int]) -> dict[int, str]:
         names = {atom: f"t{at}" for at, atom in enumerate(self.tokens)}

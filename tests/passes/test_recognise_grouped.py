@@ -57,20 +57,27 @@ def test_counts_and_segments(counts: str, cut: str) -> None:
 
 
 @pytest.mark.parametrize("division", ["div", "chain", "float", "shift"])
-@pytest.mark.parametrize("back", ["inverse", "argsort", "rows", "add", "add-elements"])
+@pytest.mark.parametrize("back", ["inverse", "argsort", "rows", "put", "add", "add-elements"])
 def test_ways_there_and_back(division: str, back: str) -> None:
     check_lifted(grouped(division=division, back=back))
 
 
 @pytest.mark.parametrize(
-    "options", [{"bias": True}, {"whole": True}, {"early": False}, {"bias": True, "cut": "range"}]
+    "options",
+    [
+        {"bias": True},
+        {"whole": True},
+        {"early": False},
+        {"early": False, "whole": True, "back": "put"},
+        {"bias": True, "cut": "range"},
+    ],
 )
 def test_experts_and_weights(options: dict[str, Any]) -> None:
     check_lifted(grouped(**options))
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(2, 1), (2, 2), (3, 1), (7, 3), (9, 4)])
-@pytest.mark.parametrize("back", ["inverse", "rows", "add"])
+@pytest.mark.parametrize("back", ["inverse", "rows", "put", "add"])
 def test_sizes(experts: int, top_k: int, back: str) -> None:
     check_lifted(
         grouped(experts=experts, top_k=top_k, back=back, counts="histc", cut="range"), experts, top_k

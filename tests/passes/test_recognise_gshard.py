@@ -99,6 +99,15 @@ def place_of_a_slot(g: Draft) -> None:
     g.nodes["mask"] = ("Cast", ["product"], {"to": 1})
 
 
+def places_of_the_kept(g: Draft) -> None:
+    """`one_hot(place * kept) * kept`: slots that are dropped ask for seat 0, where the mask has none of them."""
+    g.before("where", "kept_early", "Less", "place", "seats")
+    g.before("where", "kept_int", "Cast", "kept_early", to=7)
+    g.before("where", "moved", "Mul", "kept_int", "clipped")
+    g.rewire("where", "clipped", "moved")
+    g.rewire("fits4", "fits", "kept_early")
+
+
 def compared_with_numbers(g: Draft) -> None:
     g.constants["numbers"] = np.arange(E)
     g.before("hot", "column", "Unsqueeze", "weight_index", g.ints(-1))
@@ -147,6 +156,7 @@ def other_letters(g: Draft) -> None:
         counted_before,
         counted_in_floats,
         place_of_a_slot,
+        places_of_the_kept,
         compared_with_numbers,
         weights_spread,
         dispatched_by_truth,
@@ -225,6 +235,17 @@ def places_held_at_the_last(g: Draft) -> None:
     g.nodes["clipped"] = ("Clip", ["place", "zero", "last"], {})
 
 
+def dropped_into_the_first_seat(g: Draft) -> None:
+    places_of_the_kept(g)
+    g.nodes["mask"] = ("Cast", ["product"], {"to": 1})
+
+
+def dropped_by_another_condition(g: Draft) -> None:
+    places_of_the_kept(g)
+    g.before("fits4", "late", "Greater", "place", "zero")
+    g.rewire("fits4", "kept_early", "late")
+
+
 def half_precision(g: Draft) -> None:
     counted_in_floats(g)
     g.nodes["line32"] = ("Cast", ["line"], {"to": 10})
@@ -286,6 +307,8 @@ NEAR: list[tuple[Change, str]] = [
     (count_of_others, "does not count how often each expert was chosen"),
     (places_below_zero, "begin below 0"),
     (places_held_at_the_last, "is not proved to be a running count"),
+    (dropped_into_the_first_seat, "is not proved to be a running count"),
+    (dropped_by_another_condition, "is not proved to be a running count"),
     (half_precision, "half precision"),
     (soft_choice, "soft"),
     (negative_weights, "may be negative"),
