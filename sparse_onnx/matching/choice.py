@@ -48,6 +48,7 @@ class Index:
         top_k: K; None where the graph does not tell it.
         experts: E by the axis over which the router chose; None where it does not say.
         distinct: whether a token's experts are proved to be different ones.
+        column: (indices of all slots, number of the slot) where these are those of one slot of each token.
     """
 
     value: ir.Value
@@ -55,6 +56,7 @@ class Index:
     top_k: int | None
     experts: int | None
     distinct: bool
+    column: tuple[ir.Value, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +233,10 @@ def _holds_indices(dtype: int) -> bool:
 
 
 def _index(value: ir.Value) -> Index | None:
-    """By TopK and ArgMax over the last axis; of anything else, only what its shape tells."""
+    """By TopK and ArgMax over the last axis, and one slot of these; of anything else, only what its shape tells."""
+    column = _slot(value)
+    if column is not None:
+        return column
     node = producer(value, "TopK", "ArgMax")
     if node is not None and node.op_type == "TopK" and value.index() == 1 and is_last(node):
         wanted = scalar(node.inputs[1])
@@ -248,14 +253,27 @@ def _index(value: ir.Value) -> Index | None:
         labels = _labels(dimensions if keeps else dimensions - 1, keeps, 1)
         return Index(value, labels, 1, size(node.inputs[0], -1), True)
     dimensions = rank(value)
-    if (
-        not dimensions
-        or value.dtype not in (ir.DataType.INT32, ir.DataType.INT64)
-        or constant(value) is not None
-    ):
+    whole = value.dtype in (ir.DataType.INT32, ir.DataType.INT64)
+    if not dimensions or not whole or constant(value) is not None:
         return None
-    top_k = 1 if dimensions == 1 else size(value, -1)
-    return Index(value, _labels(dimensions, dimensions > 1, top_k), top_k, _joined(value), top_k == 1)
+    # Slots are counted: an axis of open length holds tokens.
+    top_k = size(value, -1) if dimensions > 1 else None
+    labels = _labels(dimensions, top_k is not None, top_k)
+    return Index(value, labels, top_k or 1, _joined(value), top_k in (None, 1))
+
+
+def _slot(value: ir.Value) -> Index | None:
+    """``index[..., k]``."""
+    node = producer(value, "Gather", "Slice", "Split")
+    source = None if node is None or node.inputs[0] is None else _index(node.inputs[0])
+    if source is None or source.experts is None:
+        return None
+    last = len(source.labels) - 1
+    found = picked(value, lambda axis: source.top_k if axis == last else None, len(source.labels))
+    if found is None or found.axis != last or len(found.indices) != 1 or source.labels[last] != "k":
+        return None
+    labels = (*source.labels[:last], "1") if found.keeps else source.labels[:last]
+    return Index(value, labels, 1, source.experts, True, (found.source, found.indices[0]))
 
 
 def _joined(value: ir.Value) -> int | None:

@@ -9,16 +9,15 @@ import onnx_ir as ir
 
 from sparse_onnx.matching.accumulate import Step, Total
 from sparse_onnx.matching.choice import Index
-from sparse_onnx.matching.expert import Expert, read_expert
+from sparse_onnx.matching.expert import Expert
 from sparse_onnx.matching.hit_weights import Unproven, Weight, split
 from sparse_onnx.matching.hits import HitReader
 from sparse_onnx.matching.layout import flat, rows_of
 from sparse_onnx.matching.lengths import ONE
+from sparse_onnx.matching.loop_bodies import read_bodies
+from sparse_onnx.matching.slot_loops import same_experts, slots_apart, weight_of_all
 from sparse_onnx.matching.slot_sum import slot_sum
-from sparse_onnx.matching.values import pairs, size, sole_use
-
-#: Values of the largest body of an expert that is searched for where it begins.
-_LARGEST = 2000
+from sparse_onnx.matching.values import pairs, sole_use
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +66,68 @@ def proved(total: Total, reader: HitReader) -> Experts:
             total.problems[0][1],
             "each expert's tokens must be where its number was chosen, and their results added",
         )
-    steps = _by_expert(total.steps)
+    slots = slots_apart(total.steps, reader.choices)
+    if slots is not None:
+        return _over_slots_apart(total, *slots, reader)
+    loop = _loop(total.steps, reader)
+    index, weight, by_slot = loop.index, loop.weight, loop.by_slot
+    _check_rows(total, loop.tokens, index, by_slot, reader)
+    _check_uses(total)
+    addends = total.addends
+    if any(step.overwrites for step in total.steps):
+        addends = _overwritten(total, index, len(total.steps), by_slot)
+    output = total.value
+    if by_slot:
+        output, weight = _over_slots(output, weight, addends, index, reader)
+    elif weight is None and not addends and index.top_k == 1:
+        output, weight = _weighted_after(output, index, reader)
+    return loop.experts(output, index, weight, addends, total.bases[0])
+
+
+def _over_slots_apart(
+    total: Total, index: Index, parts: Sequence[Sequence[Step]], reader: HitReader
+) -> Experts:
+    """Several loops, each over the experts of one slot of the tokens."""
+    loops = [_loop(part, reader) for part in parts]
+    first = loops[0]
+    for number, loop in enumerate(loops):
+        if loop.tokens is not first.tokens:
+            raise Unproven(f"slot {number} reads '{loop.tokens.name}', slot 0 '{first.tokens.name}'")
+        if not same_experts(loop.bodies, first.bodies):
+            raise Unproven(f"the experts of slot {number} are not proved to be those of slot 0")
+    weight = weight_of_all([loop.weight for loop in loops], index, reader.dims)
+    _check_rows(total, first.tokens, index, False, reader)
+    _check_uses(total)
+    return first.experts(total.value, index, weight, total.addends, total.bases[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What the masks of one routing say; see `Experts`. `by_slot`: the sum has a row for each slot."""
+
+    index: Index
+    weight: Weight | None
+    tokens: ir.Value
+    entries: tuple[ir.Value, ...]
+    exits: tuple[ir.Value, ...]
+    bodies: tuple[Expert | str, ...]
+    by_slot: bool
+
+    def experts(
+        self,
+        output: ir.Value,
+        index: Index,
+        weight: Weight | None,
+        addends: tuple[ir.Value, ...],
+        base: ir.Value,
+    ) -> Experts:
+        return Experts(
+            output, self.tokens, index, weight, self.entries, self.exits, self.bodies, addends, base
+        )
+
+
+def _loop(every: Sequence[Step], reader: HitReader) -> _Loop:
+    steps = _by_expert(every)
     index = steps[0].hits.index
     if index.top_k is None:
         raise Unproven(f"the number of experts of a token is not known from '{index.value.name}'")
@@ -79,21 +139,9 @@ def proved(total: Total, reader: HitReader) -> Experts:
     for number, (_, other) in enumerate(parts):
         if other != weight:
             raise Unproven(f"the weight of expert {number} comes from elsewhere than that of expert 0")
-    bodies, entries, tokens = _read(steps, [output for output, _ in parts], reader)
-    _check_rows(total, tokens, index, by_slot, reader)
-    _check_uses(total)
-    addends = total.addends
-    if any(step.overwrites for step in steps):
-        addends = _overwritten(total, index, len(steps), by_slot)
-    output = total.value
-    if by_slot:
-        output, weight = _over_slots(output, weight, addends, index, reader)
-    elif weight is None and not addends and index.top_k == 1:
-        output, weight = _weighted_after(output, index, reader)
     exits = tuple(output for output, _ in parts)
-    return Experts(
-        output, tokens, index, weight, tuple(entries), exits, tuple(bodies), addends, total.bases[0]
-    )
+    bodies, entries, tokens = read_bodies(steps, exits, reader)
+    return _Loop(index, weight, tokens, tuple(entries), exits, tuple(bodies), by_slot)
 
 
 def _by_expert(steps: Sequence[Step]) -> list[Step]:
@@ -158,90 +206,6 @@ def _contribution(step: Step, reader: HitReader) -> tuple[ir.Value, Weight | Non
     except Unproven as reason:
         raise Unproven(f"expert {number}: {reason}") from None
     return output, weight
-
-
-def _read(
-    steps: Sequence[Step], outputs: Sequence[ir.Value], reader: HitReader
-) -> tuple[list[Expert | str], list[ir.Value], ir.Value]:
-    """The experts (or why one is none of two layers), where each begins, and the tokens that all of them read."""
-    bodies: list[Expert | str] = []
-    entries: list[ir.Value] = []
-    tokens: ir.Value | None = None
-    for number, (step, output) in enumerate(zip(steps, outputs, strict=True)):
-        body = read_expert(output)
-        entry = _entry(output, step, reader) if isinstance(body, str) else body.entry
-        if entry is None:
-            raise Unproven(
-                f"expert {number} is no expert of two layers: {body}; nor does it read rows of its tokens alone"
-            )
-        source = _tokens(number, step, entry, reader)
-        if tokens is not None and source is not tokens:
-            raise Unproven(f"expert {number} reads '{source.name}', expert 0 '{tokens.name}'")
-        tokens = source
-        width, have = size(step.base, -1), size(output, -1) if isinstance(body, str) else _width(body)
-        if have is None and isinstance(body, str):
-            raise Unproven(f"expert {number} is no expert of two layers, and of unknown width: {body}")
-        if have is None or width != have:
-            raise Unproven(f"the rows of expert {number} are not as wide as the sum that they are added to")
-        bodies.append(body)
-        entries.append(entry)
-    assert tokens is not None
-    return bodies, entries, tokens
-
-
-def _width(body: Expert) -> int | None:
-    last = list(body.layers.values())[-1]
-    shape = last.weight.source.shape
-    if shape is None or len(shape) < 2:
-        return None
-    found = shape[-2] if last.out_in else shape[-1]
-    return found if isinstance(found, int) else None
-
-
-def _tokens(number: int, step: Step, entry: ir.Value, reader: HitReader) -> ir.Value:
-    """What an expert's rows are gathered from."""
-    rows = reader.rows(entry)
-    if rows is None or rows.labels[-1] != "d":
-        raise Unproven(
-            f"expert {number} reads '{entry.name}', which are not rows of the tokens that chose it"
-        )
-    if rows.hits != step.hits:
-        raise Unproven(f"expert {number} reads tokens gathered by the mask of expert {rows.hits.expert}")
-    found = reader.along(rows)
-    if found is None or found[1] != "T":
-        by = "slot" if found is not None and found[1] == "k" else "other coordinates"
-        raise Unproven(f"expert {number} reads rows of '{rows.data.name}' picked by {by}, not by token")
-    return rows_of(found[0])
-
-
-def _entry(output: ir.Value, step: Step, reader: HitReader) -> ir.Value | None:
-    """The one value of gathered rows from which an expert of any body computes its output."""
-    found: set[ir.Value] = set()
-    seen: set[ir.Value] = set()
-    work = [output]
-    while work and len(seen) < _LARGEST:
-        value = work.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        rows = reader.rows(value)
-        if rows is not None and rows.hits == step.hits and rows.labels == ("n", "d"):
-            found.add(value)
-            continue
-        if value.is_graph_input():
-            raise Unproven(
-                f"expert {step.hits.expert} reads '{value.name}', an input of the graph, past the rows that chose it: "
-                "as weights that are not constant, or as rows of other tokens"
-            )
-        node = value.producer()
-        if node is not None and any(item.type == ir.AttributeType.GRAPH for item in node.attributes.values()):
-            what = f"operator {node.op_type} at '{node.name}'"
-            raise Unproven(
-                f"expert {step.hits.expert} is computed behind {what}, on a condition or in a body of its own"
-            )
-        if node is not None:
-            work += [item for item in node.inputs if item is not None]
-    return found.pop() if len(found) == 1 and not work else None
 
 
 def _check_rows(total: Total, tokens: ir.Value, index: Index, by_slot: bool, reader: HitReader) -> None:

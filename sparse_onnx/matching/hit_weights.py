@@ -129,6 +129,13 @@ def _column(data: ir.Value, hits: Hits) -> Weight | None:
         ):
             if size(found.source, -1) != hits.index.experts or hits.index.experts is None:
                 return None
+            slots = hits.index.column
+            if (
+                slots is not None
+                and found.indices[0] == slots[1]
+                and size(slots[0], -1) == hits.index.experts
+            ):
+                return None  # as many slots as experts: the weight of this slot
             if found.indices[0] != hits.expert:
                 raise Unproven(f"its weight is that of expert {found.indices[0]}")
             return Weight(flat(found.source), True)
