@@ -2,7 +2,7 @@
 
 Mistral's reference, transformers 4, optimum, DeepSeek's reference and Switch's list write, for each expert e,
 
-    rows = where(index == e)                         NonZero of a mask
+    rows = where(index == e)                         NonZero of a mask, or a piece of the slots sorted by expert
     out[rows] += weight[rows, slot] * expert_e(x[rows])
 
 which becomes one `sparse_onnx::MoE` (or `GatedMoE`) node over x, index and weight. Masks may be compared, one-hot or
@@ -46,7 +46,7 @@ class RecogniseExpertLoop(Pass):
         shop = Workshop(model, self.name)
         matched = 0
         for graph in list(model.graphs()):
-            if not any(node.op_type == "NonZero" for node in graph):
+            if not any(node.op_type in ("ScatterND", "ScatterElements") for node in graph):
                 continue
             reader = HitReader(Choices(), Dims(graph))
             found = [total for total in totals(graph, reader) if looks_like(total) and not _ours(total)]

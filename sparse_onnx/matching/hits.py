@@ -12,9 +12,10 @@ import onnx_ir as ir
 
 from sparse_onnx.matching.choice import Choices, Grid, Index, merge
 from sparse_onnx.matching.dims import Dims
-from sparse_onnx.matching.labels import MOVES, Labels, moved, picked
+from sparse_onnx.matching.labels import MOVES, Labels, moved, picked, tiled
 from sparse_onnx.matching.layout import repeated
 from sparse_onnx.matching.lengths import ONE
+from sparse_onnx.matching.sorted_hits import Pieces
 from sparse_onnx.matching.values import attribute, measured, producer, rank, scalar
 
 
@@ -25,14 +26,17 @@ class Hits:
     Attributes:
         index: expert indices.
         expert: its number.
-        order: ``s``: by token, then slot; ``S``: by slot, then token; ``T``: by token, one hit for each that chose it.
+        order: ``s``: by token, then slot; ``S``: by slot, then token; ``T``: by token, one hit for each that chose it;
+            ``o``: as `sort` left them.
         wide: each hit is listed once for every feature.
+        sort: the TopK of all slots that they are a piece of.
     """
 
     index: Index
     expert: int
     order: str
     wide: bool = False
+    sort: ir.Node | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,7 @@ class HitReader:
 
     def __init__(self, choices: Choices, dims: Dims) -> None:
         self.choices, self.dims = choices, dims
+        self._pieces = Pieces(choices, dims)
         self._coordinates: dict[ir.Value, Coordinates | None] = {}
         self._rows: dict[ir.Value, Rows | None] = {}
 
@@ -134,6 +139,9 @@ class HitReader:
             return self._joined(node)
         if kind in ("Add", "Mul", "Div", "Mod"):
             return self._computed(node)
+        piece = self._pieces.read(value)
+        if piece is not None:
+            return Coordinates(Hits(piece.index, piece.expert, "o", sort=piece.sort), (piece.kind,), ("n",))
         source = self.coordinates(node.inputs[0])
         if source is None:
             return None
@@ -146,6 +154,9 @@ class HitReader:
             return source
         if kind == "Expand":
             return self._expanded(value, node, source)
+        if kind == "Tile":
+            labels = tiled(node, source.labels)
+            return None if labels is None else dataclasses.replace(source, labels=labels)
         return _part(value, source)
 
     def _counter(self, node: ir.Node) -> Coordinates | None:

@@ -116,6 +116,16 @@ def _copies(target: list[int] | None, labels: Labels) -> bool:
     return target is not None and len(target) == len(labels) and sum(item != 0 for item in target) <= 1
 
 
+def tiled(node: ir.Node, labels: Labels) -> Labels | None:
+    """Labels of a Tile's result: ``*`` for an axis of length 1 that is repeated; no other may be."""
+    times = ints(node.inputs[1])
+    if times is None or len(times) != len(labels):
+        return None
+    if any(count != 1 and label not in ("1", "*") for count, label in zip(times, labels, strict=True)):
+        return None
+    return tuple(label if count == 1 else "*" for count, label in zip(times, labels, strict=True))
+
+
 @dataclasses.dataclass(frozen=True)
 class Picked:
     """Some indices of one axis of a value: Gather by constants, Slice, or an output of Split.
