@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_onnx.core.errors import ModelError, SparseOnnxError, UsageError
-from sparse_onnx.export import experts, settings
+from sparse_onnx.export import calls, experts, settings
 from sparse_onnx.export.checkpoint import stored
 from sparse_onnx.export.samples import Interface, interface_of
 from sparse_onnx.export.users import imported, users_code
@@ -39,7 +40,8 @@ class Source:
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Any:
         """What the module itself returns, untouched by the export."""
-        with torch.no_grad():
+        kept = contextlib.nullcontext() if self.is_transformers else calls.leaving_as_is(self.module)
+        with torch.no_grad(), kept:
             return self.module(**inputs)
 
     def widened(self) -> Source:
@@ -191,6 +193,8 @@ def _source(name: str, found: Any, dtype: torch.dtype | None) -> Source:
         outputs = source.forward(named)
     if not leaves(outputs):
         raise UsageError("its forward returns no tensor", "return what the ONNX model is to give", where=name)
+    with users_code(name), torch.no_grad():
+        calls.refuse_memory(module, lambda: module(**named), name)
     return source
 
 

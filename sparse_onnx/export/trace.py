@@ -17,6 +17,7 @@ from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export import (
     cached_rows,
     experts,
+    false_constants,
     guards,
     lifting,
     operators,
@@ -79,7 +80,12 @@ def trace(source: Source, found: list[experts.Experts], opset: int, *, lift: boo
         }
         for name, spec in source.interface.inputs.items()
     }
-    with translate.quiet(), experts.hooked(found, grouped=source.is_transformers), _refused(source, inputs):
+    with (
+        translate.quiet(),
+        experts.hooked(found, grouped=source.is_transformers),
+        _refused(source, inputs),
+        false_constants.forgotten(),
+    ):
         if source.is_transformers:
             flow = lifting.lifted(source.module) if lift else contextlib.nullcontext()
             with scans.lifted(source.module) as ran, flow as rewritten:

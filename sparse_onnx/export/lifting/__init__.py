@@ -41,6 +41,11 @@ def lifted(module: nn.Module) -> Iterator[Runtime]:
 
         @functools.wraps(whole)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            for each in module.modules():
+                if isinstance(
+                    each, nn.RNNBase
+                ):  # which would do so on the first call, maybe on one side of a branch
+                    each._update_flat_weights()
             with intercept.Calls():
                 result = _plain(whole(*args, **kwargs))
             if (place := unshaped.place_of_any(result)) is not None:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparse_onnx.export.lifting import functions, graph_edits, hits, substitutes
+from sparse_onnx.export.lifting import functions, graph_edits, hits, substitutes, texts, trials
 from sparse_onnx.export.lifting.branch import Concrete, Lifted
-from sparse_onnx.export.lifting.program import Sym, data_dependent, storage, tracing, writes
+from sparse_onnx.export.lifting.program import Program, Sym, data_dependent, storage, tracing, writes
 from sparse_onnx.export.lifting.values import Count, Negated, Place, SomeItems, Undefined, refuse, written
 
-_USE_TENSORS = "use tensor operations there, or write an adapter (--adapter)"
+_ADAPTER = "write an adapter (--adapter)"
+_USE_TENSORS = f"use tensor operations there, or {_ADAPTER}"
 
 
 #: A loop that is left from inside, in another such loop, doubles what is traced with each turn.
@@ -26,6 +27,8 @@ class Runtime:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.open: list[Lifted] = []
+        #: The `try` statements around what runs now that handle errors.
+        self.tried: list[Place] = []
         self.notes: list[str] = []
         self._present: Any = True
         self._branches = 0
@@ -137,19 +140,25 @@ class Runtime:
             result = branch.value("result")
         return result
 
-    def both(self, place: Place, *values: Callable[[], Any]) -> Any:
-        """`a and b`: the first that is false, else the last."""
-        return self._joined(place, values, torch.logical_and, True)
+    def both(self, place: Place, asks_truth: bool, *values: Callable[[], Any]) -> Any:
+        """`a and b`: the first that is false, else the last; of which only the truth is asked for, or all."""
+        return self._joined(place, asks_truth, values, torch.logical_and, True)
 
-    def either(self, place: Place, *values: Callable[[], Any]) -> Any:
+    def either(self, place: Place, asks_truth: bool, *values: Callable[[], Any]) -> Any:
         """`a or b`: the first that is true, else the last."""
-        return self._joined(place, values, torch.logical_or, False)
+        return self._joined(place, asks_truth, values, torch.logical_or, False)
 
-    def _joined(self, place: Place, values: Iterable[Callable[[], Any]], join: Any, goes_on: bool) -> Any:
+    def _joined(
+        self, place: Place, asks_truth: bool, values: Iterable[Callable[[], Any]], join: Any, goes_on: bool
+    ) -> Any:
         result: Any = goes_on
         depends = False
         for thunk in values:
             value = thunk()
+            if not asks_truth and (depends or self._depends(value)) and not _is_truth(value):
+                raise refuse(
+                    place, "gives one of several values by `and` or `or` of tensor values", _USE_TENSORS
+                )
             if not depends and not self._depends(value):
                 if _truth(value) != goes_on:
                     return value
@@ -193,6 +202,8 @@ class Runtime:
 
     def remainder(self, left: Any, right: Any, place: Place) -> Any:
         """`left % right`."""
+        if isinstance(left, str):
+            return texts.formatted(left, right, place)
         self.no_float_sizes(left, right, place)
         return left % right
 
@@ -221,25 +232,97 @@ class Runtime:
         """What is called instead of a function: its rewritten form, or one that takes symbolic sizes."""
         return substitutes.find(function, self, place) or self._functions.find(function)
 
+    def trying(self, place: Place, of_values: bool) -> trials.Trial:
+        """Of the statements that an `except` is for; `of_values`: for errors that tensors' values may lead to."""
+        return trials.Trial(self, place, of_values)
+
+    def caught(self, place: Place) -> None:
+        """At the start of an `except`."""
+        trials.not_of_the_trace(place)
+
+    def matched(self, value: Any, place: Place) -> Any:
+        """What `match` compares with patterns of sequences, mappings and classes."""
+        if self._open(value):
+            raise refuse(
+                place, "matches patterns with what depends on tensor values", "use `if`, or " + _ADAPTER
+            )
+        return value
+
+    def _open(self, value: Any) -> bool:
+        if type(value) in (tuple, list):
+            return any(self._open(each) for each in value)
+        if isinstance(value, SomeItems):
+            return value.place is not None or any(self._open(each) for each in list.copy(value))
+        return isinstance(value, (*Sym, hits.Numbers, Count, Negated, Undefined))
+
+    def itself(self, value: Any, place: Place) -> Any:
+        """What is compared with True or False by `is`, which no tensor is."""
+        if self._depends(value):
+            raise refuse(
+                place, "asks by `is` for the truth of what depends on tensor values", "leave out `is`"
+            )
+        return value
+
+    def shown(self, value: Any) -> Any:
+        """A value in an f-string."""
+        return texts.shown(self.read(value))
+
+    def text(self, value: str, place: Place) -> str:
+        """An f-string."""
+        return texts.text(value, place)
+
     def asserted(self, value: Any, place: Place) -> Any:
         """The truth of an assertion; one that depends on tensors is left out of the graph."""
         if not self._depends(value):
             return value
+        self.not_tried(place)
         self.note(place, "is not checked by the graph")
         return True
+
+    def not_tried(self, place: Place) -> None:
+        """Of an error that depends on tensors, which an `except` may be waiting for."""
+        if self.tried:
+            raise refuse(
+                place,
+                f"raises an error or not, as tensor values say, within {written(self.tried[-1])}",
+                _USE_TENSORS,
+            )
 
     def refuses(self, place: Place) -> bool:
         """Whether an error is raised on one side of a lifted branch only, which is then left out."""
         if self.open:
+            self.not_tried(place)
             self.open[-1].raising = True
         return bool(self.open)
 
     def iterate(self, items: Any, place: Place | None = None) -> Iterator[Any]:
         """The items of a loop. `present` says of each whether the loop has it."""
-        found = hits.of(items, self, place)
-        for present, item in found if found is not None else ((True, item) for item in items):
+        if isinstance(items, SomeItems) and items.place is not None:
+            self._unwritten(items)
+            turns: Any = ((self._there(missing), item) for missing, item in items.turns())
+        else:
+            turns = hits.of(items, self, place) or ((True, item) for item in items)
+        for present, item in turns:
             self._present = present
             yield item
+
+    def _unwritten(self, items: SomeItems) -> None:
+        """That the conditions of a list's items are what they were: a tensor may have been written to."""
+        program = Program(tracing().tracer.graph, tracing().tracer.root)
+        program.count_writes()
+        for each in items.conditions.values():
+            for condition, _ in each:
+                node = graph_edits.node_of(condition) if isinstance(condition, Tensor) else None
+                if isinstance(condition, SomeItems) or (node is not None and not program.current(node)):
+                    raise items._error()
+
+    def _there(self, missing: list[tuple[Any, bool]]) -> Any:
+        """Whether an item of a list is there that is missing where these conditions are so."""
+        there: Any = True
+        for condition, truth in missing:
+            one = self.negated(condition) if truth else condition
+            there = one if there is True else torch.logical_and(_tensor(there), _tensor(one))
+        return there
 
     def present(self) -> Any:
         return self._present
@@ -257,6 +340,14 @@ class Runtime:
         if type(value) is Undefined:
             raise value._error()
         return value
+
+
+def _is_truth(value: Any) -> bool:
+    """Whether a value is no other than its truth."""
+    lists = (SomeItems, Count, Negated)
+    return isinstance(value, (bool, torch.SymBool, *lists)) or (
+        isinstance(value, Tensor) and value.dtype == torch.bool
+    )
 
 
 def _truth(value: Any) -> bool:

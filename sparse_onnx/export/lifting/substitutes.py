@@ -5,8 +5,9 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import functools
-import itertools
+import logging
 import math
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
-from sparse_onnx.export.lifting import hits, unshaped
+from sparse_onnx.export.lifting import hits, kinds, texts, unshaped
+from sparse_onnx.export.lifting.arrays import Array
 from sparse_onnx.export.lifting.program import Sym, data_dependent, tracing
 from sparse_onnx.export.lifting.values import Count, Place, SomeItems, refuse
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from sparse_onnx.export.lifting.runtime import Runtime
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat)
+_MAX, _MIN = builtins.max, builtins.min
 _DTYPES = {bool: torch.bool, int: torch.int64, float: None}
 _STATIC = "use tensor operations, or make that axis static"
 
@@ -33,15 +36,26 @@ def find(function: Any, runtime: Runtime, place: Place) -> Callable[..., Any] | 
     if isinstance(owner, Tensor) and getattr(function, "__name__", "") in _OF_TENSORS:
         made = _OF_TENSORS[function.__name__]
         return lambda *args, **kwargs: made(runtime, place, function, owner, *args, **kwargs)
+    if isinstance(owner, logging.Logger) and getattr(function, "__name__", "") in _PRINTING:
+        return lambda *args, **kwargs: _printed(runtime, place, function, *args, **kwargs)
+    if isinstance(owner, str) and getattr(function, "__name__", "") == "format":
+        return lambda *args, **kwargs: _format(runtime, place, function, *args, **kwargs)
     if unshaped.place_of(owner) is not None and unshaped.is_patched_view(function):
         return functools.partial(unshaped.RESHAPE, owner)
     try:
-        known = _FUNCTIONS.get(function)
+        known = _FUNCTIONS.get(_plain(function))
     except TypeError:  # not hashable
         return None
     if known is None:
         return None
     return lambda *args, **kwargs: known(runtime, place, function, *args, **kwargs)
+
+
+def _plain(function: Any) -> Any:
+    """Python's own `max` and `min`, which torch's export puts others for."""
+    if function is builtins.max:
+        return _MAX
+    return _MIN if function is builtins.min else function
 
 
 def _depends(runtime: Runtime, value: Any) -> bool:
@@ -89,11 +103,22 @@ def _len(runtime: Runtime, place: Place, plain: Any, value: Any) -> Any:
     return plain(value)
 
 
+def _number(runtime: Runtime, place: Place, value: Any) -> Any:
+    """A tensor of one integer as that integer, which is compared and counted with alike."""
+    whole = isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+    return (
+        _item(runtime, place, None, value)
+        if whole and not value.dim() and _depends(runtime, value)
+        else value
+    )
+
+
 def _extreme(join: Any) -> Any:
     def extreme(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
         values = args
         if len(args) == 1 and isinstance(args[0], (list, tuple)):
             values = tuple(args[0])
+        values = tuple(_number(runtime, place, each) for each in values)
         if kwargs or len(values) < 2 or not any(isinstance(each, Sym) for each in values):
             return plain(*args, **kwargs)
         if any(isinstance(each, Tensor) for each in values):
@@ -143,6 +168,8 @@ def _tensor(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: An
 
 
 def _zip_like(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    if plain is zip and len(args) > 1 and (joined := SomeItems.side_by_side(args)) is not None:
+        return joined
     for each in args:
         if isinstance(each, hits.Numbers) or (isinstance(each, Tensor) and hits.of(each, runtime, place)):
             raise refuse(
@@ -225,33 +252,47 @@ def _numpy(runtime: Runtime, place: Place, plain: Any, tensor: Tensor) -> Any:
             place, "takes tensor values to numpy", "use torch there, or write an adapter (--adapter)"
         )
     numbers = _tolist(runtime, place, plain, tensor)
-    return Array(numbers) if isinstance(numbers, SomeItems) else numbers
+    return Array(numbers, place) if isinstance(numbers, SomeItems) else numbers
 
 
-class Array(SomeItems):
-    """What numpy's integer arrays have besides lists, for numbers that are symbols in the trace."""
+def _str(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    if len(args) == 1 and not kwargs and texts.unknown(args[0]):
+        return texts.text(str(texts.Unknown()), place)
+    return plain(*args, **kwargs)
 
-    def cumsum(self, axis: int = 0) -> Array:
-        return Array(itertools.accumulate(self))
 
-    def sum(self, axis: int = 0) -> Any:
-        return sum(self)
+def _format(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    """`"{}".format(value)`."""
+    made = {key: texts.shown(value) for key, value in kwargs.items()}
+    return texts.text(plain(*map(texts.shown, args), **made), place)
 
-    def tolist(self) -> SomeItems:
-        return SomeItems(self)
 
-    @property
-    def shape(self) -> tuple[int]:
-        return (len(self),)
+def _printed(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    """For people to read: what is not known here is left out, with what it would be put into."""
+    if any(texts.unknown(each) for each in args):
+        args = tuple(texts.plain(each) for each in args if isinstance(each, str))[:1] or ("?",)
+        if plain is print:
+            kwargs = {}
+        elif getattr(plain, "__name__", "") == "log":
+            return None
+    return plain(*args, **kwargs)
 
+
+_PRINTING = ("debug", "info", "warning", "error", "critical", "exception", "log", "warning_once", "warn")
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    builtins.isinstance: kinds.instance,
+    builtins.type: kinds.of,
+    builtins.str: _str,
+    builtins.print: _printed,
+    warnings.warn: _printed,
+    **{getattr(logging, name): _printed for name in _PRINTING if hasattr(logging, name)},
     builtins.int: _int,
     builtins.float: _float,
     builtins.bool: _bool,
     builtins.len: _len,
-    builtins.max: _extreme(torch.sym_max),
-    builtins.min: _extreme(torch.sym_min),
+    _MAX: _extreme(torch.sym_max),
+    _MIN: _extreme(torch.sym_min),
     builtins.range: _range,
     builtins.enumerate: _zip_like,
     builtins.zip: _zip_like,
