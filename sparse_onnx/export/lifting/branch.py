@@ -200,7 +200,7 @@ class Lifted:
             if isinstance(holder, SomeItems) and not isinstance(self.condition, SomeItems):
                 added = here[len(there) :]
                 more = all(a is b for a, b in zip(here, there, strict=False)) and len(here) > len(there)
-                if more and all(_without_rows(each, facts) for each in added):
+                if more and all(_may_be_left_out(each, facts) for each in added):
                     continue
                 return "a list gets other items"
             if type(here) is list and len(here) == len(there):
@@ -230,11 +230,11 @@ class Lifted:
         return values
 
 
-def _without_rows(item: Any, facts: Facts) -> bool:
-    """Whether an item is a tensor without rows, or several."""
-    if type(item) is tuple and item:
-        return all(_without_rows(each, facts) for each in item)
-    node = graph_edits.node_of(item) if isinstance(item, Tensor) else None
+def _may_be_left_out(item: Any, facts: Facts) -> bool:
+    """Whether a list's item may be missing: a tensor is concatenated all the same, and has to have no rows."""
+    if not isinstance(item, Tensor):
+        return True
+    node = graph_edits.node_of(item)
     return node is not None and facts.shape(node)[:1] == [0]
 
 

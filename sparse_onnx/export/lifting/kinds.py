@@ -28,6 +28,15 @@ _KINDS: dict[type, type] = {
 }
 
 
+def stands_for_others(value: Any) -> bool:
+    """Whether a value, or one that it holds, is not what a plain run would have."""
+    if type(value) in (tuple, list):
+        return any(stands_for_others(each) for each in value)
+    if type(value) is SomeItems:
+        return value.place is not None or any(stands_for_others(each) for each in list.copy(value))
+    return type(value) is Undefined or type(value) in _KINDS
+
+
 def instance(runtime: Runtime, place: Place, plain: Any, value: Any, classes: Any) -> bool:
     """`isinstance`, as the values would answer that others stand for here."""
     if type(value) is Undefined:

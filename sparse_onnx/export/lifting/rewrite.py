@@ -21,7 +21,7 @@ import textwrap
 import types
 from typing import Any
 
-from sparse_onnx.export.lifting import matching, normal_form
+from sparse_onnx.export.lifting import comprehensions, matching, normal_form
 from sparse_onnx.export.lifting.rewriter import RUNTIME, Rewriter
 
 
@@ -37,6 +37,7 @@ def rewritten(function: types.FunctionType, runtime: Any) -> types.FunctionType:
     """
     tree, name = _parsed(function)
     matching.as_ifs(tree)
+    comprehensions.as_loops(tree)
     try:
         for node in reversed(list(ast.walk(tree))):
             if isinstance(node, ast.FunctionDef) and not _is_generator(node):

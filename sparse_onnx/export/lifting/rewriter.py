@@ -206,6 +206,14 @@ class Rewriter(ast.NodeTransformer):
             node.left = self._ask("itself", node.left, place)
         return node
 
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        place = self._place(node)
+        self.generic_visit(node)
+        number = isinstance(node.ctx, ast.Load) and isinstance(
+            node.slice, (ast.Name, ast.Attribute, ast.Call)
+        )
+        return self._ask("picked", node.value, node.slice, place) if number else node
+
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
         place = self._place(node)
         return self._ask("text", self._shown(node), place)

@@ -8,9 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparse_onnx.export.lifting import functions, graph_edits, hits, substitutes, texts, trials
+from sparse_onnx.export.lifting import (
+    choice,
+    functions,
+    graph_edits,
+    hits,
+    kinds,
+    substitutes,
+    texts,
+    trials,
+    truths,
+    turns,
+)
 from sparse_onnx.export.lifting.branch import Concrete, Lifted
-from sparse_onnx.export.lifting.program import Program, Sym, data_dependent, storage, tracing, writes
+from sparse_onnx.export.lifting.program import Sym, data_dependent, storage, tracing, writes
 from sparse_onnx.export.lifting.values import Count, Negated, Place, SomeItems, Undefined, refuse, written
 
 _ADAPTER = "write an adapter (--adapter)"
@@ -98,9 +109,9 @@ class Runtime:
         if isinstance(value, SomeItems):
             return value.place is not None and not value.surely_some()
         if isinstance(value, Tensor):
-            return tracing() is not None and getattr(value, "constant", None) is None and _fake(value)
+            return tracing() is not None and getattr(value, "constant", None) is None and truths.fake(value)
         if isinstance(value, Sym) and data_dependent(value):
-            return _known(value) is None
+            return truths.known(value) is None
         return isinstance(value, hits.Numbers)
 
     def branch(
@@ -112,7 +123,7 @@ class Runtime:
         read_later: frozenset[str],
     ) -> Concrete | Lifted:
         if not self._depends(value):
-            return Concrete(_truth(value), place)
+            return Concrete(truths.truth(value), place)
         if isinstance(value, Count):
             value = value.items
         truth = not isinstance(value, Negated)
@@ -155,12 +166,12 @@ class Runtime:
         depends = False
         for thunk in values:
             value = thunk()
-            if not asks_truth and (depends or self._depends(value)) and not _is_truth(value):
+            if not asks_truth and (depends or self._depends(value)) and not truths.is_truth(value):
                 raise refuse(
                     place, "gives one of several values by `and` or `or` of tensor values", _USE_TENSORS
                 )
             if not depends and not self._depends(value):
-                if _truth(value) != goes_on:
+                if truths.truth(value) != goes_on:
                     return value
                 result = value
                 continue
@@ -170,13 +181,13 @@ class Runtime:
             elif isinstance(result, torch.SymBool) and isinstance(truth, torch.SymBool):
                 result = result & truth if join is torch.logical_and else result | truth
             else:
-                result = join(_tensor(result), _tensor(truth))
+                result = join(turns.as_tensor(result), turns.as_tensor(truth))
         return result
 
     def _as_truth(self, value: Any, place: Place) -> Any:
         if not self._depends(value):
             return torch.full(
-                (), _truth(value), dtype=torch.bool
+                (), truths.truth(value), dtype=torch.bool
             )  # a constant could not go into a branch's graph
         if isinstance(value, (SomeItems, Count, Negated)):
             raise refuse(place, "joins conditions of which one is a list of an unknown length", _USE_TENSORS)
@@ -228,6 +239,10 @@ class Runtime:
             return (container.tensor == item).any()
         return item in container
 
+    def picked(self, container: Any, index: Any, place: Place) -> Any:
+        """`container[index]`."""
+        return choice.of(self, container, index, place)
+
     def call(self, function: Any, place: Place) -> Any:
         """What is called instead of a function: its rewritten form, or one that takes symbolic sizes."""
         return substitutes.find(function, self, place) or self._functions.find(function)
@@ -242,18 +257,11 @@ class Runtime:
 
     def matched(self, value: Any, place: Place) -> Any:
         """What `match` compares with patterns of sequences, mappings and classes."""
-        if self._open(value):
+        if kinds.stands_for_others(value):
             raise refuse(
                 place, "matches patterns with what depends on tensor values", "use `if`, or " + _ADAPTER
             )
         return value
-
-    def _open(self, value: Any) -> bool:
-        if type(value) in (tuple, list):
-            return any(self._open(each) for each in value)
-        if isinstance(value, SomeItems):
-            return value.place is not None or any(self._open(each) for each in list.copy(value))
-        return isinstance(value, (*Sym, hits.Numbers, Count, Negated, Undefined))
 
     def itself(self, value: Any, place: Place) -> Any:
         """What is compared with True or False by `is`, which no tensor is."""
@@ -297,32 +305,9 @@ class Runtime:
 
     def iterate(self, items: Any, place: Place | None = None) -> Iterator[Any]:
         """The items of a loop. `present` says of each whether the loop has it."""
-        if isinstance(items, SomeItems) and items.place is not None:
-            self._unwritten(items)
-            turns: Any = ((self._there(missing), item) for missing, item in items.turns())
-        else:
-            turns = hits.of(items, self, place) or ((True, item) for item in items)
-        for present, item in turns:
+        for present, item in turns.of(items, self, place):
             self._present = present
             yield item
-
-    def _unwritten(self, items: SomeItems) -> None:
-        """That the conditions of a list's items are what they were: a tensor may have been written to."""
-        program = Program(tracing().tracer.graph, tracing().tracer.root)
-        program.count_writes()
-        for each in items.conditions.values():
-            for condition, _ in each:
-                node = graph_edits.node_of(condition) if isinstance(condition, Tensor) else None
-                if isinstance(condition, SomeItems) or (node is not None and not program.current(node)):
-                    raise items._error()
-
-    def _there(self, missing: list[tuple[Any, bool]]) -> Any:
-        """Whether an item of a list is there that is missing where these conditions are so."""
-        there: Any = True
-        for condition, truth in missing:
-            one = self.negated(condition) if truth else condition
-            there = one if there is True else torch.logical_and(_tensor(there), _tensor(one))
-        return there
 
     def present(self) -> Any:
         return self._present
@@ -340,39 +325,3 @@ class Runtime:
         if type(value) is Undefined:
             raise value._error()
         return value
-
-
-def _is_truth(value: Any) -> bool:
-    """Whether a value is no other than its truth."""
-    lists = (SomeItems, Count, Negated)
-    return isinstance(value, (bool, torch.SymBool, *lists)) or (
-        isinstance(value, Tensor) and value.dtype == torch.bool
-    )
-
-
-def _truth(value: Any) -> bool:
-    if isinstance(value, Sym):
-        known = _known(value)
-        if known is not None:
-            return known
-    return bool(value)
-
-
-def _known(value: Any) -> bool | None:
-    """The truth of a size or truth that depends on tensors, where it is the same for all of them."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    if not data_dependent(value):
-        return None
-    truth = value != 0 if isinstance(value, (torch.SymInt, torch.SymFloat)) else value
-    if statically_known_true(truth):
-        return True
-    return False if statically_known_true(torch.sym_not(truth)) else None
-
-
-def _tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.scalar_tensor(torch.sym_ite(value, 1, 0)).bool()
-
-
-def _fake(value: Tensor) -> bool:
-    return isinstance(value, torch._subclasses.FakeTensor) or torch._is_functional_tensor(value)

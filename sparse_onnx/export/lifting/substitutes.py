@@ -36,6 +36,8 @@ def find(function: Any, runtime: Runtime, place: Place) -> Callable[..., Any] | 
     if isinstance(owner, Tensor) and getattr(function, "__name__", "") in _OF_TENSORS:
         made = _OF_TENSORS[function.__name__]
         return lambda *args, **kwargs: made(runtime, place, function, owner, *args, **kwargs)
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function) and function == owner.apply:
+        return functools.partial(_applied, runtime, place, owner)
     if isinstance(owner, logging.Logger) and getattr(function, "__name__", "") in _PRINTING:
         return lambda *args, **kwargs: _printed(runtime, place, function, *args, **kwargs)
     if isinstance(owner, str) and getattr(function, "__name__", "") == "format":
@@ -216,6 +218,26 @@ def _checkpoint(runtime: Runtime, place: Place, plain: Any, function: Any, *args
     return runtime.call(function, place)(*args, **given)
 
 
+class _NoContext:
+    """What an autograd function keeps for a backward pass that never comes."""
+
+    needs_input_grad = ()
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    save_for_backward = save_for_forward = mark_dirty = mark_non_differentiable = set_materialize_grads = (
+        _nothing
+    )
+
+
+def _applied(runtime: Runtime, place: Place, owner: Any, *args: Any) -> Any:
+    """Of an autograd function only its forward pass, which is the user's."""
+    separate = owner.setup_context is not torch.autograd.Function.setup_context
+    given = args if separate else (_NoContext(), *args)
+    return runtime.call(owner.forward, place)(*given)
+
+
 def _item(runtime: Runtime, place: Place, plain: Any, tensor: Tensor) -> Any:
     return tensor.item() if plain is None else plain()
 
@@ -261,6 +283,18 @@ def _str(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) 
     return plain(*args, **kwargs)
 
 
+def _any(runtime: Runtime, place: Place, plain: Any, items: Any) -> Any:
+    return (
+        runtime.either(place, True, *_values(items))
+        if plain is any
+        else runtime.both(place, True, *_values(items))
+    )
+
+
+def _values(items: Any) -> list[Callable[[], Any]]:
+    return [functools.partial(lambda value: value, each) for each in items]
+
+
 def _format(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
     """`"{}".format(value)`."""
     made = {key: texts.shown(value) for key, value in kwargs.items()}
@@ -281,6 +315,8 @@ def _printed(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: A
 _PRINTING = ("debug", "info", "warning", "error", "critical", "exception", "log", "warning_once", "warn")
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    builtins.any: _any,
+    builtins.all: _any,
     builtins.isinstance: kinds.instance,
     builtins.type: kinds.of,
     builtins.str: _str,

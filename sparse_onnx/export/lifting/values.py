@@ -14,9 +14,13 @@ def written(place: Place) -> str:
     return f"{place[0]}:{place[1]}: `{place[2]}`"
 
 
+class LineRefused(ImpossibleError):
+    """A line of the user's that cannot be lifted."""
+
+
 def refuse(place: Place, reason: str, hint: str) -> ImpossibleError:
     """An error that names the user's line."""
-    return ImpossibleError(f"{written(place)} {reason}", hint)
+    return LineRefused(f"{written(place)} {reason}", hint)
 
 
 def _raising(name: str) -> Any:
