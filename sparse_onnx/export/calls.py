@@ -7,14 +7,19 @@ export is compared with are those of a first call; a model whose later ones diff
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_onnx.core.errors import ImpossibleError
+from sparse_onnx.export.checkpoint.stored import is_stored
 from sparse_onnx.export.lifting import state
+from sparse_onnx.export.users import users_code
+
+if TYPE_CHECKING:
+    from sparse_onnx.export.sources import Source
 
 #: Two calls that differ by no more than this, relative to the largest magnitude, are the same.
 _SAME = 1e-6
@@ -26,38 +31,52 @@ def leaving_as_is(module: nn.Module) -> Iterator[None]:
     if any(isinstance(each, nn.parameter.UninitializedTensorMixin) for each in module.parameters()):
         yield  # the first call makes its weights
         return
-    before, values = state.take(module, ()), _buffers(module)
+    before = state.take(module, ())
+    with keeping_buffers(module):
+        try:
+            yield
+        finally:
+            before.restore()
+
+
+@contextlib.contextmanager
+def keeping_buffers(module: nn.Module) -> Iterator[None]:
+    """Within the block buffers may be written to; behind it they hold what they did."""
+    values = _buffers(module)
     try:
         yield
     finally:
-        before.restore()
         with torch.no_grad():
             for buffer, value in values:
                 if not _equal(buffer, value):
                     buffer.copy_(value)
 
 
-def refuse_memory(module: nn.Module, call: Callable[[], Any], name: str) -> None:
-    """Calls the module twice with the same input.
+def refuse_memory(source: Source) -> None:
+    """Calls a user's module twice with the same input.
 
     Raises:
         ImpossibleError: the second answer differs because of what the first call left behind.
+        OutsideError: the module raises.
     """
-    with leaving_as_is(module), torch.random.fork_rng(devices=[]):
+    if source.is_transformers or is_stored(source.module):
+        return
+    module, inputs = source.module, source.interface.draw(source.interface.traced_sizes())
+    with leaving_as_is(module), torch.random.fork_rng(devices=[]), users_code(source.name), torch.no_grad():
         before, values = state.take(module, ()), _buffers(module)
         torch.manual_seed(0)
-        first = call()
+        first = module(**inputs)
         changed = _changed(module, before, values)
         if not changed:
             return
         torch.manual_seed(0)
-        if _same(first, call()):
+        if _same(first, module(**inputs)):
             return
     raise ImpossibleError(
         f"the model answers the same input otherwise when it is called again: each call changes {changed[0]}, and "
         "an ONNX graph remembers nothing",
         "leave such changes to training (`if self.training:`), or take that state as an input",
-        where=name,
+        where=source.name,
     )
 
 

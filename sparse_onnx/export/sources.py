@@ -193,8 +193,6 @@ def _source(name: str, found: Any, dtype: torch.dtype | None) -> Source:
         outputs = source.forward(named)
     if not leaves(outputs):
         raise UsageError("its forward returns no tensor", "return what the ONNX model is to give", where=name)
-    with users_code(name), torch.no_grad():
-        calls.refuse_memory(module, lambda: module(**named), name)
     return source
 
 
