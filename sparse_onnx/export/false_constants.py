@@ -1,8 +1,8 @@
 """Constants of a trace that are none.
 
 `torch.ceil(tokens / experts * torch.tensor(1.25))`, a capacity as DeepSpeed computes it: torch's fake tensors compute
-with the values of constants, and take the traced size for a number where it comes as a float. The capacity of the
-sample is then one for all inputs, without an assumption being noted.
+with the values of constants, and with some number or other in place of a size that comes as a float. Python then gets a
+capacity that is wrong, and the same for all inputs, without an assumption being noted.
 """
 
 from __future__ import annotations

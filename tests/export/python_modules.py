@@ -318,6 +318,77 @@ class OneAsked(Routed):
         return x @ chosen.weight
 
 
+class Yields(Routed):
+    """A generator is not lifted, and says so."""
+
+    def jobs(self, index: Tensor) -> Any:
+        for e in range(3):
+            rows = torch.where(index == e)[0]
+            if rows.numel() == 0:
+                continue
+            yield e, rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, rows in self.jobs(self.index(x)):
+            out[rows] = self.experts[e](x[rows])
+        return out
+
+
+class ByKey(Routed):
+    def forward(self, x: Tensor) -> Tensor:
+        functions = {0: torch.relu, 1: torch.tanh, 2: torch.sigmoid}
+        number = self.index(x)[0].item()
+        return functions[number](x)  # type: ignore[index]
+
+
+class LeastFirst(Routed):
+    def forward(self, x: Tensor) -> Tensor:
+        counts = torch.bincount(self.index(x), minlength=3).tolist()
+        for e in sorted(range(3), key=lambda e: counts[e]):
+            x = self.experts[e](x)
+        return x
+
+
+_last: Any = None
+
+
+class SetsGlobal(Routed):
+    def forward(self, x: Tensor) -> Tensor:
+        global _last
+        index, out = self.index(x), torch.zeros_like(x)
+        _last = index
+        for e, expert in enumerate(self.experts):
+            rows = torch.where(index == e)[0]
+            if rows.numel() == 0:
+                continue
+            out[rows] = expert(x[rows])
+        return out
+
+
+class SetsGlobalMaybe(Routed):
+    """Both sides of the branch would set it in the trace."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        global _last
+        _last = 1
+        if (self.index(x) == 0).any():
+            _last = 2
+        return x * _last
+
+
+class Between(Routed):
+    """Chained comparisons, and numbers in tuples and sets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        number, mean = self.index(x)[0].item(), x.mean()
+        if number in (0, 2):
+            x = self.experts[0](x)
+        if number not in {1, 2} or -0.1 < mean < 0.1:
+            x = x * 2
+        return x + 1 if 0 < number < 2 else x
+
+
 class LargestOf(Routed):
     """Python's `max` of a tensor and a size."""
 
@@ -360,6 +431,8 @@ RIGHT = [
     Listed,
     Normed,
     OneOfThem,
+    SetsGlobal,
+    Between,
 ]
 #: And the statement that the refusal names, with a part of its reason.
 REFUSED: dict[type[Routed], tuple[str, str]] = {
@@ -374,6 +447,10 @@ REFUSED: dict[type[Routed], tuple[str, str]] = {
     IsTrue: ("some is True", "asks by `is`"),
     CollectedBesideAll: ("if mine.numel():", "decides how many items a list has"),
     CollectedNumbers: ("if (index == e).any():", "decides how many items a list has"),
+    Yields: ("if rows.numel() == 0:", "and is not lifted: it is a generator"),
+    ByKey: ("return functions[number](x)", "needs a number or truth that depends on tensor values"),
+    LeastFirst: ("for e in sorted(range(3)", "needs a number or truth that depends on tensor values"),
+    SetsGlobalMaybe: ("if (self.index(x) == 0).any():", "and is not lifted: it assigns to globals"),
     OneOfTooMany: ("return self.experts[number](x)", "is not known to be one of them"),
     OneAsked: ("chosen = self.experts", "asks for more than the answer"),
     CollectedThenChanged: ("if some[e]:", "decides how many items a list has"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import itertools
 from typing import Any
 
@@ -197,6 +198,10 @@ class Rewriter(ast.NodeTransformer):
 
     def visit_Compare(self, node: ast.Compare) -> ast.expr:
         place = self._place(node)
+        if len(node.ops) > 1 and all(
+            isinstance(each, (ast.Name, ast.Constant)) for each in node.comparators[:-1]
+        ):
+            return self.visit(_pairs(node))  # type: ignore[no-any-return]
         self.generic_visit(node)
         if len(node.ops) == 1 and isinstance(node.ops[0], (ast.In, ast.NotIn)):
             found = self._ask("contains", node.comparators[0], node.left, place)
@@ -286,6 +291,18 @@ def _asks_truth(test: ast.expr) -> None:
             _asks_truth(value)
     elif isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         _asks_truth(test.operand)
+
+
+def _pairs(node: ast.Compare) -> ast.expr:
+    """`a < b < c` as `a < b and b < c`."""
+    terms = [node.left, *node.comparators]
+    each = [
+        ast.Compare(copy.deepcopy(left), [op], [right])
+        for left, op, right in zip(terms[:-1], node.ops, terms[1:], strict=True)
+    ]
+    joined = ast.BoolOp(ast.And(), each)  # type: ignore[arg-type]
+    joined.asks_truth = True  # type: ignore[attr-defined]
+    return _placed(joined, node)
 
 
 def _is_truth(node: ast.expr) -> bool:

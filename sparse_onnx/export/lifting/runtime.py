@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -237,6 +239,11 @@ class Runtime:
             return (container == item).any()
         if isinstance(container, hits.Numbers):
             return (container.tensor == item).any()
+        one = isinstance(item, Tensor) and not item.dim() and self._depends(item)
+        if type(container) in (tuple, list, set, frozenset, dict) and (one or data_dependent(item)):
+            return self.either(
+                place, True, *[functools.partial(operator.eq, item, each) for each in container]
+            )
         return item in container
 
     def picked(self, container: Any, index: Any, place: Place) -> Any:
