@@ -186,7 +186,7 @@ def test_an_answer_that_differs_is_refused(out: Path) -> None:
 
 
 def test_a_model_that_remembers_its_calls_is_refused(out: Path) -> None:
-    assert "each call changes 'calls' of Stateful" in refused("stateful", out)
+    assert "each call changes 'calls' of Stateful" in refused("stateful", out, ImpossibleError)
 
 
 def test_a_file_that_is_there_stays_when_the_export_is_refused(out: Path) -> None:
