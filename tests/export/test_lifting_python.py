@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-from python_modules import REFUSED, RIGHT, Matched, Routed  # noqa: E402
+import choosing_modules  # noqa: E402
+import python_modules  # noqa: E402
+from python_modules import Matched, Routed  # noqa: E402
 
 import sparse_onnx  # noqa: E402
 from sparse_onnx.core.errors import ImpossibleError  # noqa: E402
+
+REFUSED = {**python_modules.REFUSED, **choosing_modules.REFUSED}
 
 
 def exported(kind: type[Routed], out: Path) -> sparse_onnx.Report:
@@ -20,7 +24,7 @@ def exported(kind: type[Routed], out: Path) -> sparse_onnx.Report:
     return sparse_onnx.export((module, torch.randn(9, 8), {"x": {0: "tokens"}}), out)
 
 
-@pytest.mark.parametrize("kind", RIGHT)
+@pytest.mark.parametrize("kind", [*python_modules.RIGHT, *choosing_modules.RIGHT])
 def test_right(kind: type[Routed], tmp_path: Path) -> None:
     verify = exported(kind, tmp_path / "out.onnx").verify
     assert verify is not None and verify.passed
@@ -33,7 +37,7 @@ def test_refused(kind: type[Routed], tmp_path: Path) -> None:
         exported(kind, tmp_path / "out.onnx")
     line, reason = REFUSED[kind]
     assert line in caught.value.message and reason in caught.value.message
-    assert "python_modules.py" in caught.value.message and not (tmp_path / "out.onnx").exists()
+    assert "_modules.py:" in caught.value.message and not (tmp_path / "out.onnx").exists()
 
 
 def test_a_plain_run_is_as_written() -> None:

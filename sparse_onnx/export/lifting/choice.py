@@ -60,6 +60,8 @@ def of(runtime: Runtime, container: Any, index: Any, place: Place) -> Any:
             "takes a module by a number that depends on tensor values and is not known to be one of them",
             "take it from argmax or topk over that many scores, or write an adapter (--adapter)",
         )
+    if isinstance(number, Tensor):
+        number = number.clone()  # it may be written to before the module is called
     return Choice(runtime, list(container)[:bound], number, place)
 
 

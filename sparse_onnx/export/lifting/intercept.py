@@ -127,6 +127,10 @@ def _normed(
     """Batch normalisation by known statistics, of rows whose number is open: torch asks whether there is one."""
     if training or running_mean is None or running_var is None or not any(map(data_dependent, input.shape)):
         return None
+    if any(
+        each is not None and each.dtype != input.dtype for each in (running_mean, running_var, weight, bias)
+    ):
+        return None
     shape = [1, -1, *[1] * (input.dim() - 2)]
     scale = torch.rsqrt(running_var + eps)
     scale = scale if weight is None else scale * weight

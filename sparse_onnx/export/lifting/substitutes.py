@@ -40,8 +40,9 @@ def find(function: Any, runtime: Runtime, place: Place) -> Callable[..., Any] | 
         return functools.partial(_applied, runtime, place, owner)
     if isinstance(owner, logging.Logger) and getattr(function, "__name__", "") in _PRINTING:
         return lambda *args, **kwargs: _printed(runtime, place, function, *args, **kwargs)
-    if isinstance(owner, str) and getattr(function, "__name__", "") == "format":
-        return lambda *args, **kwargs: _format(runtime, place, function, *args, **kwargs)
+    if isinstance(owner, str) and getattr(function, "__name__", "") in ("format", "join"):
+        made_text = _format if function.__name__ == "format" else _join
+        return functools.partial(made_text, runtime, place, function)
     if unshaped.place_of(owner) is not None and unshaped.is_patched_view(function):
         return functools.partial(unshaped.RESHAPE, owner)
     try:
@@ -221,7 +222,7 @@ def _checkpoint(runtime: Runtime, place: Place, plain: Any, function: Any, *args
 class _NoContext:
     """What an autograd function keeps for a backward pass that never comes."""
 
-    needs_input_grad = ()
+    needs_input_grad = (False,) * 64
 
     def _nothing(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -284,21 +285,20 @@ def _str(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) 
 
 
 def _any(runtime: Runtime, place: Place, plain: Any, items: Any) -> Any:
-    return (
-        runtime.either(place, True, *_values(items))
-        if plain is any
-        else runtime.both(place, True, *_values(items))
-    )
-
-
-def _values(items: Any) -> list[Callable[[], Any]]:
-    return [functools.partial(lambda value: value, each) for each in items]
+    """One after the other, as far as Python would go."""
+    thunks = (functools.partial(lambda value: value, each) for each in items)
+    join, goes_on = (torch.logical_or, False) if plain is any else (torch.logical_and, True)
+    return runtime._joined(place, True, thunks, join, goes_on)
 
 
 def _format(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
     """`"{}".format(value)`."""
     made = {key: texts.shown(value) for key, value in kwargs.items()}
     return texts.text(plain(*map(texts.shown, args), **made), place)
+
+
+def _join(runtime: Runtime, place: Place, plain: Any, parts: Any) -> Any:
+    return texts.joined(plain, list(parts), place)
 
 
 def _printed(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:

@@ -43,6 +43,17 @@ class Text(str):
             "use such texts for logs only",
         )
 
+    def __add__(self, other: Any) -> Text:
+        return self._with(str.__add__(self, other))
+
+    def __radd__(self, other: Any) -> Text:
+        return self._with(str.__add__(other, self))
+
+    def _with(self, characters: str) -> Text:
+        made = Text(characters)
+        made.place = self.place
+        return made
+
 
 def _method(name: str) -> Any:
     return lambda self, *args, **kwargs: self._refused()
@@ -86,6 +97,12 @@ def text(value: str, place: Place) -> str:
     made = Text(str.replace(value, _MARK, "?"))
     made.place = place
     return made
+
+
+def joined(join: Any, parts: list[Any], place: Place) -> str:
+    """`separator.join(parts)`."""
+    several: list[str] = [str(Unknown()) if unknown(each) else each for each in parts]
+    return text(join(several), place)
 
 
 def formatted(pattern: str, values: Any, place: Place) -> Any:

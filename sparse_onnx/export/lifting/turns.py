@@ -19,10 +19,18 @@ if TYPE_CHECKING:
 def of(items: Any, runtime: Runtime, place: Place | None) -> Iterator[tuple[Any, Any]]:
     """`(present, item)` of each."""
     if isinstance(items, SomeItems) and items.place is not None:
-        _unwritten(items)
-        return ((_there(runtime, missing), item) for missing, item in items.turns())
+        return _of_some(items, runtime)
     found = hits.of(items, runtime, place)
     return found if found is not None else ((True, item) for item in items)
+
+
+def _of_some(items: SomeItems, runtime: Runtime) -> Iterator[tuple[Any, Any]]:
+    _unwritten(items)
+    turns = items.turns()
+    for missing, item in turns:
+        yield _there(runtime, missing), item
+        if list.__len__(items) != len(turns):  # a loop that adds to its own list goes on with what it added
+            raise items._error()
 
 
 def _unwritten(items: SomeItems) -> None:
