@@ -32,16 +32,16 @@ _STATIC = "use tensor operations, or make that axis static"
 
 def find(function: Any, runtime: Runtime, place: Place) -> Callable[..., Any] | None:
     """The function to call in its stead; None: that one as it is."""
-    owner = getattr(function, "__self__", None)
-    if isinstance(owner, Tensor) and getattr(function, "__name__", "") in _OF_TENSORS:
-        made = _OF_TENSORS[function.__name__]
+    owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+    if isinstance(owner, Tensor) and name in _OF_TENSORS:
+        made = _OF_TENSORS[name]
         return lambda *args, **kwargs: made(runtime, place, function, owner, *args, **kwargs)
-    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function) and function == owner.apply:
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function) and name == "apply":
         return functools.partial(_applied, runtime, place, owner)
-    if isinstance(owner, logging.Logger) and getattr(function, "__name__", "") in _PRINTING:
+    if isinstance(owner, logging.Logger) and name in _PRINTING:
         return lambda *args, **kwargs: _printed(runtime, place, function, *args, **kwargs)
-    if isinstance(owner, str) and getattr(function, "__name__", "") in ("format", "join"):
-        made_text = _format if function.__name__ == "format" else _join
+    if isinstance(owner, str) and name in ("format", "join"):
+        made_text = _format if name == "format" else _join
         return functools.partial(made_text, runtime, place, function)
     if unshaped.place_of(owner) is not None and unshaped.is_patched_view(function):
         return functools.partial(unshaped.RESHAPE, owner)
