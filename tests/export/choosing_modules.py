@@ -10,6 +10,28 @@ from test_lifting_rows import Routed
 from torch import Tensor, nn
 
 
+class FirstOfSome(Routed):
+    """The first item is not there for all inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        index, jobs = self.index(x), []
+        for e in range(3):
+            if (index == e).sum() > 2:
+                jobs.append(e)
+        for e in jobs:
+            return self.experts[e](x)
+        return x
+
+
+class FirstHit(Routed):
+    def forward(self, x: Tensor) -> Tensor:
+        for e in torch.unique(self.index(x)):
+            x = self.experts[e](x)  # type: ignore[index]
+            if e > 0:
+                break
+        return x
+
+
 class Grows(Routed):
     """A loop over a list that it adds to."""
 
@@ -228,6 +250,8 @@ RIGHT = [
 ]
 #: And the statement that the refusal names, with a part of its reason.
 REFUSED: dict[type[Routed], tuple[str, str]] = {
+    FirstOfSome: ("for e in jobs:", "leaves the loop half-way"),
+    FirstHit: ("for e in torch.unique(", "leaves the loop half-way"),
     Grows: ("for e, left in jobs:", "decides how many items a list has"),
     CollectedBesideAll: ("if mine.numel():", "decides how many items a list has"),
     CollectedNumbers: ("if (index == e).any():", "decides how many items a list has"),

@@ -236,7 +236,7 @@ class Rewriter(ast.NodeTransformer):
         if known.startswith("__sparse") and isinstance(node.func, ast.Name):
             return node
         if isinstance(node.func, ast.Attribute) and _is_runtime(node.func.value):
-            node.args = [self.visit(arg) for arg in node.args]
+            node.args = [*(self.visit(arg) for arg in node.args), self._place(node)]  # `started`
             return node
         place = self._place(node)
         self.generic_visit(node)

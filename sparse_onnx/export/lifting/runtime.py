@@ -310,7 +310,16 @@ class Runtime:
             self.open[-1].raising = True
         return bool(self.open)
 
-    def iterate(self, items: Any, place: Place | None = None) -> Iterator[Any]:
+    def started(self, items: Any, place: Place) -> Iterator[Any]:
+        """The items of a loop that is left half-way."""
+        for present, item in turns.of(items, self, place):
+            if present is not True:
+                raise refuse(
+                    place, "loops over what tensor values select, and leaves the loop half-way", _USE_TENSORS
+                )
+            yield item
+
+    def iterate(self, items: Any, place: Place) -> Iterator[Any]:
         """The items of a loop. `present` says of each whether the loop has it."""
         for present, item in turns.of(items, self, place):
             self._present = present

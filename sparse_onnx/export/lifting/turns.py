@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sparse_onnx.export.lifting.runtime import Runtime
 
 
-def of(items: Any, runtime: Runtime, place: Place | None) -> Iterator[tuple[Any, Any]]:
+def of(items: Any, runtime: Runtime, place: Place) -> Iterator[tuple[Any, Any]]:
     """`(present, item)` of each."""
     if isinstance(items, SomeItems) and items.place is not None:
         return _of_some(items, runtime)
