@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export import experts, past, planning, samples
 from sparse_onnx.export import trace as tracing
-from sparse_onnx.export.lifting.values import LineRefused
+from sparse_onnx.export.lifting.values import names_a_line
 from sparse_onnx.export.sources import Source
 
 Attempt = tuple[tracing.Traced, list[samples.Run], list[str]]
@@ -32,7 +32,7 @@ def trace(source: Source, found: Sequence[experts.Experts], opset: int) -> Attem
     try:
         return _attempt(source, found, opset, lift=True)
     except ImpossibleError as error:
-        if made is None or isinstance(error, LineRefused):
+        if made is None or names_a_line(error):
             raise error from refused
         return made
 

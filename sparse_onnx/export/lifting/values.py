@@ -8,19 +8,23 @@ from sparse_onnx.core.errors import ImpossibleError
 
 #: File, line, and the line's text.
 Place = tuple[str, int, str]
+_PLACE = "_sparse_onnx_place"
 
 
 def written(place: Place) -> str:
     return f"{place[0]}:{place[1]}: `{place[2]}`"
 
 
-class LineRefused(ImpossibleError):
-    """A line of the user's that cannot be lifted."""
-
-
 def refuse(place: Place, reason: str, hint: str) -> ImpossibleError:
     """An error that names the user's line."""
-    return LineRefused(f"{written(place)} {reason}", hint)
+    error = ImpossibleError(f"{written(place)} {reason}", hint)
+    setattr(error, _PLACE, place)
+    return error
+
+
+def names_a_line(error: ImpossibleError) -> bool:
+    """Whether it says which line of the user's cannot be lifted."""
+    return hasattr(error, _PLACE)
 
 
 def _raising(name: str) -> Any:
