@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export import experts, past, planning, samples
 from sparse_onnx.export import trace as tracing
+from sparse_onnx.export.lifting.values import names_a_line
 from sparse_onnx.export.sources import Source
 
 Attempt = tuple[tracing.Traced, list[samples.Run], list[str]]
@@ -18,16 +19,22 @@ def trace(source: Source, found: Sequence[experts.Experts], opset: int) -> Attem
     Raises:
         ImpossibleError: neither trace is right for all sizes and values, or there is none.
     """
+    refused = made = None
     try:
-        return _attempt(source, found, opset, lift=False)
+        made = _attempt(source, found, opset, lift=False)
+        if source.is_transformers or not made[0].of_values:
+            return made
     except ImpossibleError as plain:
         if source.is_transformers and not _has_own_code(source):
             raise
         refused = plain
+    # Numbers that depend on tensors were in the hands of Python code, which the plain trace does not watch.
     try:
         return _attempt(source, found, opset, lift=True)
     except ImpossibleError as error:
-        raise error from refused
+        if made is None or names_a_line(error):
+            raise error from refused
+        return made
 
 
 def _has_own_code(source: Source) -> bool:

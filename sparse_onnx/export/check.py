@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparse_onnx.core.errors import ImpossibleError, OutsideError
 from sparse_onnx.core.report import VerifyRecord
-from sparse_onnx.export import rounding, ties
+from sparse_onnx.export import calls, rounding, ties
 from sparse_onnx.export.experts import Experts
 from sparse_onnx.export.failure import first_line
 from sparse_onnx.export.guards import written
@@ -205,7 +205,9 @@ def _tokens(chosen: dict[str, np.ndarray]) -> int:
 
 def _run_program(program: Callable[..., Any], run: Run) -> None:
     try:
-        with torch.no_grad():
+        # It has the module's own buffers.
+        kept = calls.keeping_buffers(program) if isinstance(program, nn.Module) else contextlib.nullcontext()
+        with torch.no_grad(), kept:
             program(**run.inputs)
     except Exception as error:  # torch's runtime assertions share no base class
         raise ImpossibleError(

@@ -19,6 +19,7 @@ from sparse_onnx.export import (
     adapters,
     attempts,
     block_check,
+    calls,
     check,
     experts,
     operator_types,
@@ -71,6 +72,7 @@ def run(
                 "leave out --stream, or --adapter",
             )
         return streamed.run(source, out, folder, opset=opset, link=link, say=say)
+    calls.refuse_memory(source)
     say("finding experts")
     # Tried without a cache, which a second call would find filled.
     plain = source.plain if isinstance(source, past.PastSource) and source.plain else source

@@ -40,6 +40,15 @@ _IN_TYPE = frozenset(
         _aten.sum.dim_IntList,
     }
 )
+#: Operators whose results in a narrow type are those of int64, cut: sums wrap alike.
+_ADDING = frozenset(
+    {
+        _aten.sum.default,
+        _aten.sum.dim_IntList,
+        _aten.cumsum.default,
+    }
+)
+_NARROW = (torch.int8, torch.uint8, torch.int16)
 
 
 def apply(module: torch.nn.Module) -> None:
@@ -47,10 +56,14 @@ def apply(module: torch.nn.Module) -> None:
     for each in module.modules():
         if isinstance(each, fx.GraphModule):
             for node in list(each.graph.nodes):
-                if node.target in (_aten.squeeze.dim, _aten.squeeze.dims):
+                if node.op == "output" and each is module:
+                    _copy_what_is_given_back(node)
+                elif node.target in (_aten.squeeze.dim, _aten.squeeze.dims):
                     _squeeze(node)
                 elif node.target in _SCALED:
                     _resize(node)
+                elif node.target in _ADDING and _narrow(node):
+                    _add_widely(node)
                 elif node.target in _IN_TYPE:
                     _compute_in_type(node)
             each.recompile()
@@ -104,6 +117,42 @@ def _resize(node: fx.Node) -> None:
                 "make that axis static, or resize to a size instead of by a factor",
             )
     node.args = (*node.args[:place], scales, *node.args[place + 1 :])
+
+
+def _copy_what_is_given_back(node: fx.Node) -> None:
+    """An input that is an output as well needs two names."""
+
+    def copied(source: fx.Node) -> fx.Node:
+        if source.op != "placeholder" or not isinstance(source.meta.get("val"), Tensor):
+            return source
+        with node.graph.inserting_before(node):
+            copy = node.graph.call_function(_aten.clone.default, (source,))
+        copy.meta = dict(source.meta)
+        return copy
+
+    node.args = fx.map_arg(node.args, copied)
+
+
+def _narrow(node: fx.Node) -> bool:
+    return node.kwargs.get("dtype") in _NARROW and isinstance(node.args[0], fx.Node)
+
+
+def _add_widely(node: fx.Node) -> None:
+    """ONNX has no sums of narrow integers, of which torch keeps the low bits."""
+    kind: Any = node.kwargs["dtype"]
+    source: Any = node.args[0]
+    value = source.meta["val"]
+    with node.graph.inserting_before(node):
+        for each in (kind, torch.int64):  # torch cuts what it adds, too
+            source = node.graph.call_function(_aten._to_copy.default, (source,), {"dtype": each})
+            source.meta = {**node.meta, "val": value.to(each)}
+    node.args, node.kwargs = (source, *node.args[1:]), {}
+    after = node.meta["val"]
+    with node.graph.inserting_after(node):
+        cut = node.graph.call_function(_aten._to_copy.default, (node,), {"dtype": kind})
+    cut.meta = {**node.meta}
+    node.meta = {**node.meta, "val": after.to(torch.int64)}
+    node.replace_all_uses_with(cut, delete_user_cb=lambda user: user is not cut)
 
 
 def _compute_in_type(node: fx.Node) -> None:

@@ -15,6 +15,8 @@ import onnxscript
 import torch
 from torch import Tensor
 
+from sparse_onnx.export.lifting.program import data_dependent
+
 _op: Any = onnxscript.opset18
 #: Kind -> ONNX's operator, the order of its gates among torch's, its attributes.
 _KINDS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
@@ -103,9 +105,17 @@ def _function(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _one_more(value: Tensor) -> Tensor:
+    """A tensor `[length or layers, batch, features]` with zeros behind its batch."""
+    return torch.cat([value, value.new_zeros(value.shape[0], 1, value.shape[2])], 1)
+
+
 def _stacked(
     kind: str, x: Tensor, states: Any, weights: Any, biased: bool, layers: int, both: bool, batch_first: bool
 ) -> Any:
+    rows = x.shape[1]
+    if data_dependent(rows):  # ONNX Runtime crashes on no sequences: there is one more, and left out again
+        x, *states = (_one_more(each) for each in (x, *states))
     count = 4 if biased else 2
     ends: list[list[Tensor]] = []
     for _ in range(layers):
@@ -119,4 +129,6 @@ def _stacked(
             ends.append(end)
         x = torch.cat(outputs, -1) if both else outputs[0]
     last = [torch.stack(each) for each in zip(*ends, strict=True)]
+    if data_dependent(rows):
+        x, *last = (each.narrow(1, 0, rows) for each in (x, *last))
     return (x.transpose(0, 1) if batch_first else x, *last[: 2 if kind == "lstm" else 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_onnx.core.errors import ModelError, SparseOnnxError, UsageError
-from sparse_onnx.export import experts, settings
+from sparse_onnx.export import calls, experts, settings
 from sparse_onnx.export.checkpoint import stored
 from sparse_onnx.export.samples import Interface, interface_of
 from sparse_onnx.export.users import imported, users_code
@@ -39,7 +40,8 @@ class Source:
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Any:
         """What the module itself returns, untouched by the export."""
-        with torch.no_grad():
+        kept = contextlib.nullcontext() if self.is_transformers else calls.leaving_as_is(self.module)
+        with torch.no_grad(), kept:
             return self.module(**inputs)
 
     def widened(self) -> Source:

@@ -12,11 +12,13 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export import (
     cached_rows,
     experts,
+    false_constants,
     guards,
     lifting,
     operators,
@@ -46,7 +48,8 @@ class Traced:
 
     `model` is neither tidied nor does it hold the neutral functions. `program` runs the traced graph in torch
     and raises where one of its assertions fails; `assumptions` are about sizes of its inputs. `lifted` names the
-    functions of the model whose loops over a sequence became scans.
+    functions of the model whose loops over a sequence became scans. `of_values`: Python code had numbers or sizes in
+    its hands that depend on the values of tensors.
     """
 
     model: ir.Model
@@ -55,6 +58,7 @@ class Traced:
     symbols: Mapping[str, str]
     notes: tuple[str, ...] = ()
     lifted: tuple[str, ...] = ()
+    of_values: bool = False
 
 
 def trace(source: Source, found: list[experts.Experts], opset: int, *, lift: bool = False) -> Traced:
@@ -79,7 +83,12 @@ def trace(source: Source, found: list[experts.Experts], opset: int, *, lift: boo
         }
         for name, spec in source.interface.inputs.items()
     }
-    with translate.quiet(), experts.hooked(found, grouped=source.is_transformers), _refused(source, inputs):
+    with (
+        translate.quiet(),
+        experts.hooked(found, grouped=source.is_transformers),
+        _refused(source, inputs),
+        false_constants.forgotten(),
+    ):
         if source.is_transformers:
             flow = lifting.lifted(source.module) if lift else contextlib.nullcontext()
             with scans.lifted(source.module) as ran, flow as rewritten:
@@ -101,6 +110,7 @@ def _trace_module(
     randomness.refuse(program.graph_module)
     runnable, assumptions = _runnable(program, source.interface), guards.guards_of(program, source.interface)
     symbols = _symbols(program, source.interface)
+    of_values = _of_values(program)
     names = _output_names(source.forward(inputs), inputs)
     # With gradients torch traces each branch of a condition once more, and stumbles over sizes made in it.
     with torch.no_grad():
@@ -114,7 +124,7 @@ def _trace_module(
             table={**python_numbers.TABLE, **operators.TABLE, **recurrent_layers.TABLE},
         )
     python_numbers.retype(model)
-    return Traced(model, runnable, assumptions, symbols)
+    return Traced(model, runnable, assumptions, symbols, of_values=of_values)
 
 
 def _trace_transformers(
@@ -175,6 +185,16 @@ def _runnable(program: torch.export.ExportedProgram, interface: Interface) -> Ca
                 bounds = ranges[size.node.expr]
                 ranges[size.node.expr] = type(bounds)(2, bounds.upper)
     return program.module()
+
+
+def _of_values(program: torch.export.ExportedProgram) -> bool:
+    """Whether the trace made numbers or sizes that depend on values; the program has no more those that nothing
+    computes with."""
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
+    modes = [each.fake_mode for each in values if isinstance(each, torch._subclasses.FakeTensor)]
+    known = modes[0].shape_env.var_to_range if modes and modes[0].shape_env is not None else {}
+    kinds = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
+    return any(symbol_is_type(symbol, kinds) for symbol in known)
 
 
 def _symbols(program: torch.export.ExportedProgram, interface: Interface) -> dict[str, str]:

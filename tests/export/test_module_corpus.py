@@ -15,6 +15,7 @@ from sparse_onnx.core.errors import ImpossibleError  # noqa: E402
 REFUSED = {
     "ponder": "while (halted < 1).any():",
     "split_by_unique": "makes a Python list of a length that depends on tensor values",
+    "token_loop": "for t in range(tokens.size(0)):",
     "mixture_of_depths": "the trace is right only where max(1, trunc(0.5*",
 }
 #: Few, each of another kind: the rest is slow.
@@ -25,6 +26,9 @@ QUICK = (
     "early_exit_layers",
     "soft_mixture",
     "sparse_mixer",
+    "deepspeed_top1",
+    "collected_jobs",
+    "token_loop",
 )
 
 

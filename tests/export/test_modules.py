@@ -182,13 +182,17 @@ def test_a_python_loop_over_a_dynamic_axis_is_refused(out: Path) -> None:
 
 
 def test_an_answer_that_differs_is_refused(out: Path) -> None:
-    assert "onnxruntime and torch differ: input 3x11" in refused("stateful", out, VerificationError)
+    assert "onnxruntime and torch differ: input 3x11" in refused("stateful_elsewhere", out, VerificationError)
+
+
+def test_a_model_that_remembers_its_calls_is_refused(out: Path) -> None:
+    assert "each call changes 'calls' of Stateful" in refused("stateful", out, ImpossibleError)
 
 
 def test_a_file_that_is_there_stays_when_the_export_is_refused(out: Path) -> None:
     out.write_bytes(b"former")
     with pytest.raises(VerificationError):
-        export("stateful", out)
+        export("stateful_elsewhere", out)
     assert out.read_bytes() == b"former" and list(out.parent.iterdir()) == [out]
 
 

@@ -100,3 +100,38 @@ def test_a_convolution_of_three_axes_needs_no_bias(tmp_path: Path) -> None:
 def test_an_axis_that_is_longer_than_one_stays(tmp_path: Path) -> None:
     module, example = Squeezed(), torch.randn(6, 1, 4)
     torch.testing.assert_close(torch.from_numpy(exported(module, example, tmp_path)), module(example))
+
+
+class Narrow(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hot = (x > 0).long() * 100
+        sums = hot.sum(0, dtype=torch.int8), hot.sum(dtype=torch.uint8), hot.float().sum(dtype=torch.int16)
+        return *sums, torch.cumsum(hot, 0, dtype=torch.int8)
+
+
+def test_narrow_sums_wrap(tmp_path: Path) -> None:
+    import sparse_onnx
+
+    x = torch.randn(700, 3).abs()
+    report = sparse_onnx.export((Narrow(), x, {"x": {0: "rows"}}), tmp_path / "out.onnx")
+    assert report.verify is not None and report.verify.passed
+    results = onnxruntime.InferenceSession(tmp_path / "out.onnx").run(None, {"x": x.numpy()})
+    for expected, actual in zip(Narrow()(x), results, strict=True):
+        torch.testing.assert_close(torch.from_numpy(actual), expected)
+    assert int(results[0][0]) == (70_000 + 128) % 256 - 128
+
+
+class GivesBack(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        twice = x * 2
+        return twice, x, twice
+
+
+def test_an_input_may_be_an_output(tmp_path: Path) -> None:
+    import sparse_onnx
+
+    x = torch.randn(4, 3)
+    sparse_onnx.export((GivesBack(), x, {"x": {0: "rows"}}), tmp_path / "out.onnx")
+    results = onnxruntime.InferenceSession(tmp_path / "out.onnx").run(None, {"x": x.numpy()})
+    for expected, actual in zip(GivesBack()(x), results, strict=True):
+        torch.testing.assert_close(torch.from_numpy(actual), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -290,6 +291,20 @@ class Stateful(nn.Module):
 
 def stateful() -> Any:
     return Stateful(), _sample(), AXES
+
+
+_CALLS = itertools.count(1)
+
+
+class StatefulElsewhere(nn.Module):
+    """The same by what no module holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * next(_CALLS)
+
+
+def stateful_elsewhere() -> Any:
+    return StatefulElsewhere(), _sample(), AXES
 
 
 def raises() -> Any:

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import types
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from sparse_onnx.export.lifting import functions, intercept, strides, unshaped
 from sparse_onnx.export.lifting.runtime import Runtime
 from sparse_onnx.export.lifting.values import SomeItems, Undefined
 
 __all__ = ["lifted"]
+
+#: What Python's functions call the numbers of a trace, where they take none, such as the key of a dictionary.
+_STAND_INS = re.compile(r"\bSym(Int|Float|Bool)\b")
 
 
 @contextlib.contextmanager
@@ -41,8 +46,18 @@ def lifted(module: nn.Module) -> Iterator[Runtime]:
 
         @functools.wraps(whole)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with intercept.Calls():
-                result = _plain(whole(*args, **kwargs))
+            for each in module.modules():
+                if isinstance(
+                    each, nn.RNNBase
+                ):  # which would do so on the first call, maybe on one side of a branch
+                    each._update_flat_weights()
+            try:
+                with intercept.Calls():
+                    result = _plain(whole(*args, **kwargs))
+            except (GuardOnDataDependentSymNode, TypeError) as error:
+                if isinstance(error, TypeError) and not _STAND_INS.search(str(error)):
+                    raise
+                raise runtime._functions.explained(error) from error
             if (place := unshaped.place_of_any(result)) is not None:
                 raise unshaped.refusal(place)
             runtime.finish()

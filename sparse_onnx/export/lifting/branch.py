@@ -199,12 +199,9 @@ class Lifted:
         for holder, here, there in taken.after.changed(skipped.after):
             if isinstance(holder, SomeItems) and not isinstance(self.condition, SomeItems):
                 added = here[len(there) :]
-                if all(a is b for a, b in zip(here, there, strict=False)) and len(here) > len(there):
-                    nodes = [
-                        graph_edits.node_of(each) if isinstance(each, Tensor) else None for each in added
-                    ]
-                    if all(node is not None and facts.shape(node)[:1] == [0] for node in nodes):
-                        continue
+                more = all(a is b for a, b in zip(here, there, strict=False)) and len(here) > len(there)
+                if more and all(_may_be_left_out(each, facts) for each in added):
+                    continue
                 return "a list gets other items"
             if type(here) is list and len(here) == len(there):
                 if all(self._same(a, b, facts) for a, b in zip(here, there, strict=True)):
@@ -228,7 +225,17 @@ class Lifted:
                 condition = _as_fact(self.condition)
                 added = range(before, list.__len__(holder))
                 holder.missing += [(position, condition, skipped.truth) for position in added]
+                for position in added:
+                    holder.conditions.setdefault(position, []).append((self.condition, skipped.truth))
         return values
+
+
+def _may_be_left_out(item: Any, facts: Facts) -> bool:
+    """Whether a list's item may be missing: a tensor is concatenated all the same, and has to have no rows."""
+    if not isinstance(item, Tensor):
+        return True
+    node = graph_edits.node_of(item)
+    return node is not None and facts.shape(node)[:1] == [0]
 
 
 def _as_fact(condition: Any) -> Any:

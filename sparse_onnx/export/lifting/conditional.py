@@ -236,7 +236,7 @@ def _condition(
         while hasattr(tracer.root, f"lifted_{kind}_{number}"):
             number += 1
         tracer.root.register_module(f"lifted_{kind}_{number}", graph)
-    operands = tuple(fx.Proxy(node, tracer) for node in order)
+    operands = tuple(fx.Proxy(node, tracer) for node in _apart(order))
     made = tracer.create_proxy(
         "call_function", torch.ops.higher_order.cond, (fx.Proxy(predicate, tracer), *graphs, operands), {}
     )
@@ -244,6 +244,20 @@ def _condition(
     fresh += [graph_edits.fresh(value_of(node)) for node in written]
     proxy_tensor.track_tensor_tree(tuple(fresh), made, constant=None, tracer=tracer)
     return fresh
+
+
+def _apart(order: list[fx.Node]) -> list[fx.Node]:
+    """Operands that share no memory, as a condition's have to: rows and slots that `torch.where` gives do."""
+    apart, known = [], set()
+    for node in order:
+        key = storage(node)
+        if key is not None and key in known:
+            copy = graph_edits.node_of(graph_edits.readable(node).clone())
+            assert copy is not None
+            node = copy
+        known.add(key)
+        apart.append(node)
+    return apart
 
 
 def _predicate(condition: Any) -> fx.Node:

@@ -132,6 +132,7 @@ class Facts(Known):
             self._not_positive.append(-difference)
         symbols = list(difference.free_symbols)
         if len(symbols) != 1:
+            self._assume_all(formula, difference)
             return
         symbol = symbols[0]
         if not symbol.is_integer and not isinstance(formula, sympy.Eq) and difference.subs(symbol, 0) != 0:
@@ -146,6 +147,21 @@ class Facts(Known):
                 return
             self._sizes.add(symbol)
             self._no_rows(symbol, made)
+
+    def _assume_all(self, formula: Any, difference: Any) -> None:
+        """Of counts that add up to nothing, each is 0."""
+        if isinstance(formula, (sympy.Ge, sympy.Gt)):
+            difference = -difference
+        terms = difference.as_coefficients_dict()
+        if not isinstance(formula, (sympy.Eq, sympy.Le, sympy.Ge)) or any(
+            number <= 0 for number in terms.values()
+        ):
+            return
+        made = {symbol: self.program.made.get(symbol) for symbol in terms}
+        if all(node is not None and self._counts(symbol, node) for symbol, node in made.items()):
+            for symbol, node in made.items():
+                self._sizes.add(symbol)
+                self._no_rows(symbol, node)  # type: ignore[arg-type]
 
     def _no_rows(self, symbol: sympy.Symbol, made: fx.Node) -> None:
         """What a size of 0 says of the tensors that it came from."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import linecache
 import sysconfig
+import traceback
 import types
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from sparse_onnx.export.lifting import rewrite
+from sparse_onnx.export.lifting.values import refuse
 
 if TYPE_CHECKING:
     from sparse_onnx.export.lifting.runtime import Runtime
@@ -36,6 +40,7 @@ class Functions:
         self.runtime = runtime
         self._known: dict[types.CodeType, types.FunctionType] = {}
         self._ours: set[types.CodeType] = set()
+        self._left: dict[types.CodeType, str] = {}
 
     def find(self, function: Any) -> Any:
         """A callable's rewritten form; itself where it is not the user's, or its source is not to be had."""
@@ -60,11 +65,26 @@ class Functions:
         if code not in self._known:
             try:
                 self._known[code] = rewrite.rewritten(function, self.runtime)
-            except rewrite.NoSource:
+            except rewrite.NoSource as reason:
                 self._known[code] = function
+                self._left[code] = str(reason)
             self._ours |= set(_all_code(self._known[code].__code__))
         made = self._known[code]
         return function if made.__code__ is code else self._with_cells_of(function, made)
+
+    def explained(self, error: Exception) -> Exception:
+        """Of an error that a number or truth depends on tensors: the user's line, and why it was not lifted."""
+        frames = [each for each in traceback.walk_tb(error.__traceback__) if not _is_library(each[0].f_code)]
+        if not frames:
+            return error
+        frame, line = frames[-1]
+        name = frame.f_code.co_filename
+        reason = self._left.get(frame.f_code, "")
+        return refuse(
+            (name, line, linecache.getline(name, line).strip()),
+            f"needs a number or truth that depends on tensor values{reason and ', and is not lifted: '}{reason}",
+            "use tensor operations there, or write an adapter (--adapter)",
+        )
 
     def _with_cells_of(self, function: types.FunctionType, made: types.FunctionType) -> types.FunctionType:
         """The same code for another closure, such as another instance's."""
@@ -75,6 +95,11 @@ class Functions:
         new.__defaults__, new.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
         new.__dict__.update(function.__dict__)
         return new
+
+
+def _is_library(code: types.CodeType) -> bool:
+    here = str(Path(__file__).parents[1])
+    return "site-packages" in code.co_filename or code.co_filename.startswith((*_STANDARD, "<", here))
 
 
 def _all_code(code: types.CodeType) -> list[types.CodeType]:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from sparse_onnx.export.lifting import einsum, slices, strides, unshaped
 from sparse_onnx.export.lifting.hits import Numbers
+from sparse_onnx.export.lifting.program import data_dependent
 from sparse_onnx.export.lifting.values import SomeItems
 
 _NUMBERS = {
@@ -106,9 +107,36 @@ class Calls(TorchFunctionMode):
 def _made(func: Any, args: Any, kwargs: Any) -> Any:
     if func is torch.functional.einsum and (made := einsum.kept(*args)) is not None:
         return made
+    if func is F.batch_norm and (normed := _normed(*args, **kwargs)) is not None:
+        return normed
     if func in _SHAPED or func in _UNARY or (func in _BINARY and _unbroadcast(args)):
         func = strides.quiet(func)
     return func(*args, **kwargs)
+
+
+def _normed(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """Batch normalisation by known statistics, of rows whose number is open: torch asks whether there is one."""
+    if training or running_mean is None or running_var is None or not any(map(data_dependent, input.shape)):
+        return None
+    if any(
+        each is not None and each.dtype != input.dtype for each in (running_mean, running_var, weight, bias)
+    ):
+        return None
+    shape = [1, -1, *[1] * (input.dim() - 2)]
+    scale = torch.rsqrt(running_var + eps)
+    scale = scale if weight is None else scale * weight
+    shift = -running_mean * scale
+    shift = shift if bias is None else shift + bias
+    return input * scale.reshape(shape) + shift.reshape(shape)
 
 
 def _unbroadcast(values: Any) -> bool:

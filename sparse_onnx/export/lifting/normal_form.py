@@ -275,7 +275,7 @@ def _statements(node: ast.AST) -> list[ast.AST]:
 
 def _started(iterable: ast.expr) -> ast.expr:
     return ast.Call(
-        ast.Attribute(ast.Name("__sparse", ast.Load()), "iterate", ast.Load()), [iterable], keywords=[]
+        ast.Attribute(ast.Name("__sparse", ast.Load()), "started", ast.Load()), [iterable], keywords=[]
     )
 
 

@@ -21,7 +21,7 @@ import textwrap
 import types
 from typing import Any
 
-from sparse_onnx.export.lifting import normal_form
+from sparse_onnx.export.lifting import comprehensions, matching, normal_form
 from sparse_onnx.export.lifting.rewriter import RUNTIME, Rewriter
 
 
@@ -36,6 +36,8 @@ def rewritten(function: types.FunctionType, runtime: Any) -> types.FunctionType:
         NoSource: its source is not to be had, or of a kind that is not understood.
     """
     tree, name = _parsed(function)
+    matching.as_ifs(tree)
+    comprehensions.as_loops(tree)
     try:
         for node in reversed(list(ast.walk(tree))):
             if isinstance(node, ast.FunctionDef) and not _is_generator(node):
@@ -81,7 +83,7 @@ def _parsed(function: types.FunctionType) -> tuple[ast.FunctionDef, str]:
     own = list(normal_form.own(found.body))
     if _is_generator(found):
         raise NoSource("it is a generator")
-    if any(isinstance(node, ast.Global) for node in own):
+    if _assigns_to_globals_in_blocks(found, own):
         raise NoSource("it assigns to globals")
     ast.increment_lineno(tree, first - 1)
     # Decorators have been applied to what was found; annotations and defaults belong to the old function.
@@ -93,6 +95,16 @@ def _parsed(function: types.FunctionType) -> tuple[ast.FunctionDef, str]:
     found.args.defaults = [nothing for _ in found.args.defaults]
     found.args.kw_defaults = [default and nothing for default in found.args.kw_defaults]
     return found, _mangled(found, function)
+
+
+def _assigns_to_globals_in_blocks(found: ast.FunctionDef, own: list[ast.AST]) -> bool:
+    """Whether an assignment to a global may be on one side of a branch only, which nothing would undo."""
+    names = {name for node in own if isinstance(node, ast.Global) for name in node.names}
+    simple = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Global, ast.Expr, ast.Return)
+    blocks = [stmt for stmt in found.body if not isinstance(stmt, simple)]
+    return bool(names) and (
+        any(normal_form.escapes(stmt) for stmt in blocks) or bool(normal_form.bound(blocks) & names)
+    )
 
 
 def _is_generator(function: ast.FunctionDef) -> bool:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ast
+import copy
 import itertools
 from typing import Any
 
 from sparse_onnx.export.lifting import normal_form
 
 RUNTIME = "__sparse"
+#: Errors that say something of the code, whatever the tensors hold.
+_OF_CODE = frozenset(
+    ["ImportError", "ModuleNotFoundError", "AttributeError", "NotImplementedError", "NameError", "TypeError"]
+)
 #: Read their caller's frame, which must stay the user's own.
 _FRAME_READERS = frozenset({"super", "locals", "globals", "vars", "dir", "eval", "exec"})
 
@@ -43,6 +48,7 @@ class Rewriter(ast.NodeTransformer):
     def visit_If(self, node: ast.If) -> ast.stmt | list[ast.stmt]:
         if getattr(node, "binds_names", False):
             return node
+        _asks_truth(node.test)
         place, inside = self._place(node), [*node.body, *node.orelse]
         names = self._names(inside)
         test = self.visit(node.test)
@@ -109,12 +115,34 @@ class Rewriter(ast.NodeTransformer):
         return node
 
     def visit_While(self, node: ast.While) -> ast.stmt:
+        _asks_truth(node.test)
         node.test = self._ask("concrete", self.visit(node.test), self._place(node))
         node.body, node.orelse = self._block(node.body), self._block(node.orelse)
         return node
 
+    def visit_Try(self, node: ast.Try) -> ast.stmt:
+        """An error that the trace makes is not the user's to handle, nor one that depends on values."""
+        place, handlers = self._place(node), node.handlers
+        caught = [self._place(handler) for handler in handlers]
+        self.generic_visit(node)
+        for handler, at in zip(handlers, caught, strict=True):
+            handler.body.insert(0, ast.Expr(self._ask("caught", at)))
+        if handlers:
+            of_values = ast.Constant(not all(_is_of_code(handler.type) for handler in handlers))
+            entered = [ast.withitem(self._ask("trying", place, of_values), None)]
+            node.body = [ast.With(entered, node.body)]
+        return _located([node], node)[0]
+
+    def visit_Match(self, node: ast.Match) -> ast.stmt:
+        """What `matching` leaves as it is."""
+        place = self._place(node)
+        self.generic_visit(node)
+        node.subject = self._ask("matched", node.subject, place)
+        return node
+
     def visit_Assert(self, node: ast.Assert) -> ast.stmt:
         place = self._place(node)
+        _asks_truth(node.test)
         holds = self._ask("asserted", self.visit(node.test), place)
         message = [self.visit(node.msg)] if node.msg else []
         error = ast.Raise(ast.Call(ast.Name("AssertionError", ast.Load()), message, []), None)
@@ -127,6 +155,7 @@ class Rewriter(ast.NodeTransformer):
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
         place = self._place(node)
+        _asks_truth(node.test)
         self.generic_visit(node)
         if _binds(node):
             node.test = self._ask("concrete", node.test, place)
@@ -142,9 +171,12 @@ class Rewriter(ast.NodeTransformer):
             ]
             return node
         what = "both" if isinstance(node.op, ast.And) else "either"
-        return self._ask(what, place, *[_thunk(value) for value in node.values])
+        asks = ast.Constant(getattr(node, "asks_truth", False))
+        return self._ask(what, place, asks, *[_thunk(value) for value in node.values])
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
+        if isinstance(node.op, ast.Not):
+            _asks_truth(node.operand)
         self.generic_visit(node)
         return self._ask("negated", node.operand) if isinstance(node.op, ast.Not) else node
 
@@ -166,10 +198,37 @@ class Rewriter(ast.NodeTransformer):
 
     def visit_Compare(self, node: ast.Compare) -> ast.expr:
         place = self._place(node)
+        if len(node.ops) > 1 and all(
+            isinstance(each, (ast.Name, ast.Constant)) for each in node.comparators[:-1]
+        ):
+            return self.visit(_pairs(node))  # type: ignore[no-any-return]
         self.generic_visit(node)
         if len(node.ops) == 1 and isinstance(node.ops[0], (ast.In, ast.NotIn)):
             found = self._ask("contains", node.comparators[0], node.left, place)
             return found if isinstance(node.ops[0], ast.In) else self._ask("negated", found)
+        truths = [each for each in (node.left, *node.comparators) if _is_truth(each)]
+        if len(node.ops) == 1 and isinstance(node.ops[0], (ast.Is, ast.IsNot)) and truths:
+            node.left = self._ask("itself", node.left, place)
+        return node
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        place = self._place(node)
+        self.generic_visit(node)
+        number = isinstance(node.ctx, ast.Load) and isinstance(
+            node.slice, (ast.Name, ast.Attribute, ast.Call)
+        )
+        return self._ask("picked", node.value, node.slice, place) if number else node
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
+        place = self._place(node)
+        return self._ask("text", self._shown(node), place)
+
+    def _shown(self, node: ast.JoinedStr) -> ast.expr:
+        for each in node.values:
+            if isinstance(each, ast.FormattedValue):
+                each.value = self._ask("shown", self.visit(each.value))
+                if isinstance(each.format_spec, ast.JoinedStr):
+                    self._shown(each.format_spec)
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
@@ -177,7 +236,7 @@ class Rewriter(ast.NodeTransformer):
         if known.startswith("__sparse") and isinstance(node.func, ast.Name):
             return node
         if isinstance(node.func, ast.Attribute) and _is_runtime(node.func.value):
-            node.args = [self.visit(arg) for arg in node.args]
+            node.args = [*(self.visit(arg) for arg in node.args), self._place(node)]  # `started`
             return node
         place = self._place(node)
         self.generic_visit(node)
@@ -191,6 +250,8 @@ class Rewriter(ast.NodeTransformer):
 
     def visit_comprehension(self, node: ast.comprehension) -> ast.comprehension:
         place = self._place(node.iter)
+        for test in node.ifs:
+            _asks_truth(test)
         self.generic_visit(node)
         node.iter = self._ask("plainly", node.iter, place)
         node.ifs = [self._ask("concrete", test, place) for test in node.ifs]
@@ -220,6 +281,39 @@ class Rewriter(ast.NodeTransformer):
 
     def _method(self, name: str, what: str, *args: ast.expr) -> ast.expr:
         return ast.Call(ast.Attribute(ast.Name(name, ast.Load()), what, ast.Load()), list(args), keywords=[])
+
+
+def _asks_truth(test: ast.expr) -> None:
+    """Notes of `and` and `or` that only their truth is asked for."""
+    if isinstance(test, ast.BoolOp):
+        test.asks_truth = True  # type: ignore[attr-defined]
+        for value in test.values:
+            _asks_truth(value)
+    elif isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        _asks_truth(test.operand)
+
+
+def _pairs(node: ast.Compare) -> ast.expr:
+    """`a < b < c` as `a < b and b < c`."""
+    terms = [node.left, *node.comparators]
+    each = [
+        ast.Compare(copy.deepcopy(left), [op], [right])
+        for left, op, right in zip(terms[:-1], node.ops, terms[1:], strict=True)
+    ]
+    joined = ast.BoolOp(ast.And(), each)  # type: ignore[arg-type]
+    joined.asks_truth = True  # type: ignore[attr-defined]
+    return _placed(joined, node)
+
+
+def _is_truth(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, bool)
+
+
+def _is_of_code(kind: ast.expr | None) -> bool:
+    """Whether a handler is for errors that no tensor's values lead to."""
+    if isinstance(kind, ast.Tuple):
+        return all(_is_of_code(each) for each in kind.elts)
+    return isinstance(kind, ast.Name) and kind.id in _OF_CODE
 
 
 def _is_runtime(node: ast.expr) -> bool:

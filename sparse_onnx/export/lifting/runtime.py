@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from sparse_onnx.export.lifting import functions, graph_edits, hits, substitutes
+from sparse_onnx.export.lifting import (
+    choice,
+    functions,
+    graph_edits,
+    hits,
+    kinds,
+    substitutes,
+    texts,
+    trials,
+    truths,
+    turns,
+)
 from sparse_onnx.export.lifting.branch import Concrete, Lifted
 from sparse_onnx.export.lifting.program import Sym, data_dependent, storage, tracing, writes
 from sparse_onnx.export.lifting.values import Count, Negated, Place, SomeItems, Undefined, refuse, written
 
-_USE_TENSORS = "use tensor operations there, or write an adapter (--adapter)"
+_ADAPTER = "write an adapter (--adapter)"
+_USE_TENSORS = f"use tensor operations there, or {_ADAPTER}"
 
 
 #: A loop that is left from inside, in another such loop, doubles what is traced with each turn.
@@ -26,6 +40,8 @@ class Runtime:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.open: list[Lifted] = []
+        #: The `try` statements around what runs now that handle errors.
+        self.tried: list[Place] = []
         self.notes: list[str] = []
         self._present: Any = True
         self._branches = 0
@@ -95,9 +111,9 @@ class Runtime:
         if isinstance(value, SomeItems):
             return value.place is not None and not value.surely_some()
         if isinstance(value, Tensor):
-            return tracing() is not None and getattr(value, "constant", None) is None and _fake(value)
+            return tracing() is not None and getattr(value, "constant", None) is None and truths.fake(value)
         if isinstance(value, Sym) and data_dependent(value):
-            return _known(value) is None
+            return truths.known(value) is None
         return isinstance(value, hits.Numbers)
 
     def branch(
@@ -109,7 +125,7 @@ class Runtime:
         read_later: frozenset[str],
     ) -> Concrete | Lifted:
         if not self._depends(value):
-            return Concrete(_truth(value), place)
+            return Concrete(truths.truth(value), place)
         if isinstance(value, Count):
             value = value.items
         truth = not isinstance(value, Negated)
@@ -137,21 +153,27 @@ class Runtime:
             result = branch.value("result")
         return result
 
-    def both(self, place: Place, *values: Callable[[], Any]) -> Any:
-        """`a and b`: the first that is false, else the last."""
-        return self._joined(place, values, torch.logical_and, True)
+    def both(self, place: Place, asks_truth: bool, *values: Callable[[], Any]) -> Any:
+        """`a and b`: the first that is false, else the last; of which only the truth is asked for, or all."""
+        return self._joined(place, asks_truth, values, torch.logical_and, True)
 
-    def either(self, place: Place, *values: Callable[[], Any]) -> Any:
+    def either(self, place: Place, asks_truth: bool, *values: Callable[[], Any]) -> Any:
         """`a or b`: the first that is true, else the last."""
-        return self._joined(place, values, torch.logical_or, False)
+        return self._joined(place, asks_truth, values, torch.logical_or, False)
 
-    def _joined(self, place: Place, values: Iterable[Callable[[], Any]], join: Any, goes_on: bool) -> Any:
+    def _joined(
+        self, place: Place, asks_truth: bool, values: Iterable[Callable[[], Any]], join: Any, goes_on: bool
+    ) -> Any:
         result: Any = goes_on
         depends = False
         for thunk in values:
             value = thunk()
+            if not asks_truth and (depends or self._depends(value)) and not truths.is_truth(value):
+                raise refuse(
+                    place, "gives one of several values by `and` or `or` of tensor values", _USE_TENSORS
+                )
             if not depends and not self._depends(value):
-                if _truth(value) != goes_on:
+                if truths.truth(value) != goes_on:
                     return value
                 result = value
                 continue
@@ -161,13 +183,13 @@ class Runtime:
             elif isinstance(result, torch.SymBool) and isinstance(truth, torch.SymBool):
                 result = result & truth if join is torch.logical_and else result | truth
             else:
-                result = join(_tensor(result), _tensor(truth))
+                result = join(turns.as_tensor(result), turns.as_tensor(truth))
         return result
 
     def _as_truth(self, value: Any, place: Place) -> Any:
         if not self._depends(value):
             return torch.full(
-                (), _truth(value), dtype=torch.bool
+                (), truths.truth(value), dtype=torch.bool
             )  # a constant could not go into a branch's graph
         if isinstance(value, (SomeItems, Count, Negated)):
             raise refuse(place, "joins conditions of which one is a list of an unknown length", _USE_TENSORS)
@@ -193,6 +215,8 @@ class Runtime:
 
     def remainder(self, left: Any, right: Any, place: Place) -> Any:
         """`left % right`."""
+        if isinstance(left, str):
+            return texts.formatted(left, right, place)
         self.no_float_sizes(left, right, place)
         return left % right
 
@@ -215,29 +239,89 @@ class Runtime:
             return (container == item).any()
         if isinstance(container, hits.Numbers):
             return (container.tensor == item).any()
+        one = isinstance(item, Tensor) and not item.dim() and self._depends(item)
+        if type(container) in (tuple, list, set, frozenset, dict) and (one or data_dependent(item)):
+            return self.either(
+                place, True, *[functools.partial(operator.eq, item, each) for each in container]
+            )
         return item in container
+
+    def picked(self, container: Any, index: Any, place: Place) -> Any:
+        """`container[index]`."""
+        return choice.of(self, container, index, place)
 
     def call(self, function: Any, place: Place) -> Any:
         """What is called instead of a function: its rewritten form, or one that takes symbolic sizes."""
         return substitutes.find(function, self, place) or self._functions.find(function)
 
+    def trying(self, place: Place, of_values: bool) -> trials.Trial:
+        """Of the statements that an `except` is for; `of_values`: for errors that tensors' values may lead to."""
+        return trials.Trial(self, place, of_values)
+
+    def caught(self, place: Place) -> None:
+        """At the start of an `except`."""
+        trials.not_of_the_trace(place)
+
+    def matched(self, value: Any, place: Place) -> Any:
+        """What `match` compares with patterns of sequences, mappings and classes."""
+        if kinds.stands_for_others(value):
+            raise refuse(
+                place, "matches patterns with what depends on tensor values", "use `if`, or " + _ADAPTER
+            )
+        return value
+
+    def itself(self, value: Any, place: Place) -> Any:
+        """What is compared with True or False by `is`, which no tensor is."""
+        if self._depends(value):
+            raise refuse(
+                place, "asks by `is` for the truth of what depends on tensor values", "leave out `is`"
+            )
+        return value
+
+    def shown(self, value: Any) -> Any:
+        """A value in an f-string."""
+        return texts.shown(self.read(value))
+
+    def text(self, value: str, place: Place) -> str:
+        """An f-string."""
+        return texts.text(value, place)
+
     def asserted(self, value: Any, place: Place) -> Any:
         """The truth of an assertion; one that depends on tensors is left out of the graph."""
         if not self._depends(value):
             return value
+        self.not_tried(place)
         self.note(place, "is not checked by the graph")
         return True
+
+    def not_tried(self, place: Place) -> None:
+        """Of an error that depends on tensors, which an `except` may be waiting for."""
+        if self.tried:
+            raise refuse(
+                place,
+                f"raises an error or not, as tensor values say, within {written(self.tried[-1])}",
+                _USE_TENSORS,
+            )
 
     def refuses(self, place: Place) -> bool:
         """Whether an error is raised on one side of a lifted branch only, which is then left out."""
         if self.open:
+            self.not_tried(place)
             self.open[-1].raising = True
         return bool(self.open)
 
-    def iterate(self, items: Any, place: Place | None = None) -> Iterator[Any]:
+    def started(self, items: Any, place: Place) -> Iterator[Any]:
+        """The items of a loop that is left half-way."""
+        for present, item in turns.of(items, self, place):
+            if present is not True:
+                raise refuse(
+                    place, "loops over what tensor values select, and leaves the loop half-way", _USE_TENSORS
+                )
+            yield item
+
+    def iterate(self, items: Any, place: Place) -> Iterator[Any]:
         """The items of a loop. `present` says of each whether the loop has it."""
-        found = hits.of(items, self, place)
-        for present, item in found if found is not None else ((True, item) for item in items):
+        for present, item in turns.of(items, self, place):
             self._present = present
             yield item
 
@@ -257,31 +341,3 @@ class Runtime:
         if type(value) is Undefined:
             raise value._error()
         return value
-
-
-def _truth(value: Any) -> bool:
-    if isinstance(value, Sym):
-        known = _known(value)
-        if known is not None:
-            return known
-    return bool(value)
-
-
-def _known(value: Any) -> bool | None:
-    """The truth of a size or truth that depends on tensors, where it is the same for all of them."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    if not data_dependent(value):
-        return None
-    truth = value != 0 if isinstance(value, (torch.SymInt, torch.SymFloat)) else value
-    if statically_known_true(truth):
-        return True
-    return False if statically_known_true(torch.sym_not(truth)) else None
-
-
-def _tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.scalar_tensor(torch.sym_ite(value, 1, 0)).bool()
-
-
-def _fake(value: Tensor) -> bool:
-    return isinstance(value, torch._subclasses.FakeTensor) or torch._is_functional_tensor(value)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import functools
-import itertools
+import logging
 import math
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
-from sparse_onnx.export.lifting import hits, unshaped
+from sparse_onnx.export.lifting import hits, kinds, texts, unshaped
+from sparse_onnx.export.lifting.arrays import Array
 from sparse_onnx.export.lifting.program import Sym, data_dependent, tracing
 from sparse_onnx.export.lifting.values import Count, Place, SomeItems, refuse
 
@@ -23,25 +25,40 @@ if TYPE_CHECKING:
     from sparse_onnx.export.lifting.runtime import Runtime
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat)
+_MAX, _MIN = builtins.max, builtins.min
 _DTYPES = {bool: torch.bool, int: torch.int64, float: None}
 _STATIC = "use tensor operations, or make that axis static"
 
 
 def find(function: Any, runtime: Runtime, place: Place) -> Callable[..., Any] | None:
     """The function to call in its stead; None: that one as it is."""
-    owner = getattr(function, "__self__", None)
-    if isinstance(owner, Tensor) and getattr(function, "__name__", "") in _OF_TENSORS:
-        made = _OF_TENSORS[function.__name__]
+    owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+    if isinstance(owner, Tensor) and name in _OF_TENSORS:
+        made = _OF_TENSORS[name]
         return lambda *args, **kwargs: made(runtime, place, function, owner, *args, **kwargs)
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function) and name == "apply":
+        return functools.partial(_applied, runtime, place, owner)
+    if isinstance(owner, logging.Logger) and name in _PRINTING:
+        return lambda *args, **kwargs: _printed(runtime, place, function, *args, **kwargs)
+    if isinstance(owner, str) and name in ("format", "join"):
+        made_text = _format if name == "format" else _join
+        return functools.partial(made_text, runtime, place, function)
     if unshaped.place_of(owner) is not None and unshaped.is_patched_view(function):
         return functools.partial(unshaped.RESHAPE, owner)
     try:
-        known = _FUNCTIONS.get(function)
+        known = _FUNCTIONS.get(_plain(function))
     except TypeError:  # not hashable
         return None
     if known is None:
         return None
     return lambda *args, **kwargs: known(runtime, place, function, *args, **kwargs)
+
+
+def _plain(function: Any) -> Any:
+    """Python's own `max` and `min`, which torch's export puts others for."""
+    if function is builtins.max:
+        return _MAX
+    return _MIN if function is builtins.min else function
 
 
 def _depends(runtime: Runtime, value: Any) -> bool:
@@ -89,11 +106,22 @@ def _len(runtime: Runtime, place: Place, plain: Any, value: Any) -> Any:
     return plain(value)
 
 
+def _number(runtime: Runtime, place: Place, value: Any) -> Any:
+    """A tensor of one integer as that integer, which is compared and counted with alike."""
+    whole = isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+    return (
+        _item(runtime, place, None, value)
+        if whole and not value.dim() and _depends(runtime, value)
+        else value
+    )
+
+
 def _extreme(join: Any) -> Any:
     def extreme(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
         values = args
         if len(args) == 1 and isinstance(args[0], (list, tuple)):
             values = tuple(args[0])
+        values = tuple(_number(runtime, place, each) for each in values)
         if kwargs or len(values) < 2 or not any(isinstance(each, Sym) for each in values):
             return plain(*args, **kwargs)
         if any(isinstance(each, Tensor) for each in values):
@@ -143,6 +171,8 @@ def _tensor(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: An
 
 
 def _zip_like(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    if plain is zip and len(args) > 1 and (joined := SomeItems.side_by_side(args)) is not None:
+        return joined
     for each in args:
         if isinstance(each, hits.Numbers) or (isinstance(each, Tensor) and hits.of(each, runtime, place)):
             raise refuse(
@@ -189,6 +219,26 @@ def _checkpoint(runtime: Runtime, place: Place, plain: Any, function: Any, *args
     return runtime.call(function, place)(*args, **given)
 
 
+class _NoContext:
+    """What an autograd function keeps for a backward pass that never comes."""
+
+    needs_input_grad = (False,) * 64
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    save_for_backward = save_for_forward = mark_dirty = mark_non_differentiable = set_materialize_grads = (
+        _nothing
+    )
+
+
+def _applied(runtime: Runtime, place: Place, owner: Any, *args: Any) -> Any:
+    """Of an autograd function only its forward pass, which is the user's."""
+    separate = owner.setup_context is not torch.autograd.Function.setup_context
+    given = args if separate else (_NoContext(), *args)
+    return runtime.call(owner.forward, place)(*given)
+
+
 def _item(runtime: Runtime, place: Place, plain: Any, tensor: Tensor) -> Any:
     return tensor.item() if plain is None else plain()
 
@@ -225,33 +275,60 @@ def _numpy(runtime: Runtime, place: Place, plain: Any, tensor: Tensor) -> Any:
             place, "takes tensor values to numpy", "use torch there, or write an adapter (--adapter)"
         )
     numbers = _tolist(runtime, place, plain, tensor)
-    return Array(numbers) if isinstance(numbers, SomeItems) else numbers
+    return Array(numbers, place) if isinstance(numbers, SomeItems) else numbers
 
 
-class Array(SomeItems):
-    """What numpy's integer arrays have besides lists, for numbers that are symbols in the trace."""
+def _str(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    if len(args) == 1 and not kwargs and texts.unknown(args[0]):
+        return texts.text(str(texts.Unknown()), place)
+    return plain(*args, **kwargs)
 
-    def cumsum(self, axis: int = 0) -> Array:
-        return Array(itertools.accumulate(self))
 
-    def sum(self, axis: int = 0) -> Any:
-        return sum(self)
+def _any(runtime: Runtime, place: Place, plain: Any, items: Any) -> Any:
+    """One after the other, as far as Python would go."""
+    thunks = (functools.partial(lambda value: value, each) for each in items)
+    join, goes_on = (torch.logical_or, False) if plain is any else (torch.logical_and, True)
+    return runtime._joined(place, True, thunks, join, goes_on)
 
-    def tolist(self) -> SomeItems:
-        return SomeItems(self)
 
-    @property
-    def shape(self) -> tuple[int]:
-        return (len(self),)
+def _format(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    """`"{}".format(value)`."""
+    made = {key: texts.shown(value) for key, value in kwargs.items()}
+    return texts.text(plain(*map(texts.shown, args), **made), place)
 
+
+def _join(runtime: Runtime, place: Place, plain: Any, parts: Any) -> Any:
+    return texts.joined(plain, list(parts), place)
+
+
+def _printed(runtime: Runtime, place: Place, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    """For people to read: what is not known here is left out, with what it would be put into."""
+    if any(texts.unknown(each) for each in args):
+        args = tuple(texts.plain(each) for each in args if isinstance(each, str))[:1] or ("?",)
+        if plain is print:
+            kwargs = {}
+        elif getattr(plain, "__name__", "") == "log":
+            return None
+    return plain(*args, **kwargs)
+
+
+_PRINTING = ("debug", "info", "warning", "error", "critical", "exception", "log", "warning_once", "warn")
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    builtins.any: _any,
+    builtins.all: _any,
+    builtins.isinstance: kinds.instance,
+    builtins.type: kinds.of,
+    builtins.str: _str,
+    builtins.print: _printed,
+    warnings.warn: _printed,
+    **{getattr(logging, name): _printed for name in _PRINTING if hasattr(logging, name)},
     builtins.int: _int,
     builtins.float: _float,
     builtins.bool: _bool,
     builtins.len: _len,
-    builtins.max: _extreme(torch.sym_max),
-    builtins.min: _extreme(torch.sym_min),
+    _MAX: _extreme(torch.sym_max),
+    _MIN: _extreme(torch.sym_min),
     builtins.range: _range,
     builtins.enumerate: _zip_like,
     builtins.zip: _zip_like,

@@ -8,6 +8,7 @@ from sparse_onnx.core.errors import ImpossibleError
 
 #: File, line, and the line's text.
 Place = tuple[str, int, str]
+_PLACE = "_sparse_onnx_place"
 
 
 def written(place: Place) -> str:
@@ -16,7 +17,14 @@ def written(place: Place) -> str:
 
 def refuse(place: Place, reason: str, hint: str) -> ImpossibleError:
     """An error that names the user's line."""
-    return ImpossibleError(f"{written(place)} {reason}", hint)
+    error = ImpossibleError(f"{written(place)} {reason}", hint)
+    setattr(error, _PLACE, place)
+    return error
+
+
+def names_a_line(error: ImpossibleError) -> bool:
+    """Whether it says which line of the user's cannot be lifted."""
+    return hasattr(error, _PLACE)
 
 
 def _raising(name: str) -> Any:
@@ -106,6 +114,26 @@ class SomeItems(list):  # type: ignore[type-arg]
         super().__init__(*items)
         #: Of each item that may be missing: its position, and the condition under which it is.
         self.missing: list[tuple[int, Any, bool]] = []
+        #: The conditions themselves, and under which truth the item is missing.
+        self.conditions: dict[int, list[tuple[Any, bool]]] = {}
+
+    def turns(self) -> list[tuple[list[tuple[Any, bool]], Any]]:
+        """Each item, and under which truths of which conditions it is missing."""
+        return [(self.conditions.get(at, []), item) for at, item in enumerate(list.copy(self))]
+
+    @staticmethod
+    def side_by_side(lists: tuple[Any, ...]) -> SomeItems | None:
+        """`zip` of lists that have the same items missing, and of no others."""
+        known = [each for each in lists if isinstance(each, SomeItems) and each.place is not None]
+        first = known[0] if known else None
+        if first is None or len(known) != len(lists) or any(type(each) is not SomeItems for each in known):
+            return None
+        sizes = {list.__len__(each) for each in known}
+        if len(sizes) != 1 or any(not _alike(each.missing, first.missing) for each in known):
+            return None
+        made = SomeItems(zip(*(list.copy(each) for each in known), strict=True))
+        made.place, made.missing, made.conditions = first.place, list(first.missing), dict(first.conditions)
+        return made
 
     def surely_some(self) -> bool:
         """Whether at least one item is there for every input."""
@@ -118,6 +146,10 @@ class SomeItems(list):  # type: ignore[type-arg]
             "depends on tensor values and decides how many items a list has",
             "concatenate the list along its first axis, or write an adapter (--adapter)",
         )
+
+
+def _alike(left: list[tuple[int, Any, bool]], right: list[tuple[int, Any, bool]]) -> bool:
+    return len(left) == len(right) and all(a == b for a, b in zip(left, right, strict=True))
 
 
 def _guarded(name: str) -> Any:

@@ -3,7 +3,17 @@
 Each case gives `(module, inputs, dynamic axes)`, in eval mode and with random weights.
 """
 
-from sparse_onnx.bench.coverage.modules import capacity, dense, depth, dispatch, loops, routers, rows
+from sparse_onnx.bench.coverage.modules import (
+    capacity,
+    dense,
+    depth,
+    dispatch,
+    loops,
+    papers,
+    python,
+    routers,
+    rows,
+)
 from sparse_onnx.bench.coverage.modules.common import Build, Case
 
 MODULES: dict[str, Build] = {
@@ -14,6 +24,8 @@ MODULES: dict[str, Build] = {
     **depth.MODULES,
     **routers.MODULES,
     **rows.MODULES,
+    **papers.MODULES,
+    **python.MODULES,
 }
 
 __all__ = ["MODULES", "Build", "Case"]
