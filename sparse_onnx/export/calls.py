@@ -28,7 +28,7 @@ _SAME = 1e-6
 @contextlib.contextmanager
 def leaving_as_is(module: nn.Module) -> Iterator[None]:
     """Within the block the module may change its buffers, attributes and lists; behind it they are what they were."""
-    if any(isinstance(each, nn.parameter.UninitializedTensorMixin) for each in module.parameters()):
+    if any(nn.parameter.is_lazy(each) for each in module.parameters()):
         yield  # the first call makes its weights
         return
     before = state.take(module, ())
