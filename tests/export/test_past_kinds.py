@@ -154,6 +154,26 @@ def test_a_model_that_forgets_its_state_is_refused(tmp_path: Path, monkeypatch: 
         with_past("jamba", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gemma4_text", {"use_bidirectional_attention": "all"}),
+        ("step3p7", {"use_bidirectional_attention": True}),
+    ],
+)
+def test_a_model_that_looks_ahead_is_refused(name: str, changes: dict[str, object], tmp_path: Path) -> None:
+    """What it keeps of a token would change with each that follows."""
+    found = next(each for each in registry.architectures() if each.name == name)
+    config = tiny.tiny(name)
+    for each, value in changes.items():
+        setattr(config.get_text_config(decoder=True), each, value)
+    config.architectures = [found.model_class]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ImpossibleError, match="sees later tokens too"):
+        past.with_past(sources.resolve(str(tmp_path), random_weights=True))
+    assert with_past(name, tmp_path / "causal").slots
+
+
 def test_minimax_whose_first_layer_is_linear(tmp_path: Path) -> None:
     """As MiniMax-Text-01 is. transformers' own cache takes its past for empty then."""
     found = {each.name: each for each in registry.architectures()}["minimax"]
