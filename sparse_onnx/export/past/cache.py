@@ -106,7 +106,11 @@ class Decoder:
         return slots
 
     def _looks_ahead(self) -> bool:
-        """Whether a token changes what the model says of those before it."""
+        """Whether the model says that its attention is not causal, and a token changes what it makes of those before:
+        it may say so of images alone. Doge's router mixes all tokens, which is another thing."""
+        causal = getattr(self.text, "is_causal", True) is not False
+        if causal and not getattr(self.text, "use_bidirectional_attention", None):
+            return False
         last = int(self.text.vocab_size) - 1
         ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, last]])
         positions = torch.arange(4).repeat(2, 1)
