@@ -174,6 +174,11 @@ def test_a_model_that_looks_ahead_is_refused(name: str, changes: dict[str, objec
     assert with_past(name, tmp_path / "causal").slots
 
 
+def test_a_router_that_mixes_tokens_is_no_such_attention(tmp_path: Path) -> None:
+    """Doge's takes scores of other tokens, later ones too; what its cache holds stays."""
+    assert with_past("doge", tmp_path).slots
+
+
 def test_minimax_whose_first_layer_is_linear(tmp_path: Path) -> None:
     """As MiniMax-Text-01 is. transformers' own cache takes its past for empty then."""
     found = {each.name: each for each in registry.architectures()}["minimax"]
