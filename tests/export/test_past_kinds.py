@@ -19,6 +19,7 @@ from sparse_onnx.bench.coverage import registry, tiny  # noqa: E402
 from sparse_onnx.core.errors import ImpossibleError  # noqa: E402
 from sparse_onnx.export import past, patches, sources  # noqa: E402
 from sparse_onnx.export.past import compressed, own_caches  # noqa: E402
+from sparse_onnx.export.past.source import PastRun  # noqa: E402
 from sparse_onnx.verify.compare import difference  # noqa: E402
 
 #: Architecture -> what its layers keep beside keys and values.
@@ -255,6 +256,16 @@ def test_it_generates_what_torch_generates(name: str, tmp_path: Path) -> None:
     assert by_onnxruntime(path, prompts, 32) == by_torch(module, prompts, 32)
     names = {value.name for value in onnxruntime.InferenceSession(str(path)).get_inputs()}
     assert {slot.past for slot in source.slots} < names
+
+
+def test_padding_is_no_part_of_a_state() -> None:
+    """Whose width may be the length of the text."""
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    run = PastRun("run", {"attention_mask": mask}, {}, ("attention_mask",), states=frozenset({2}))
+    assert run.kept(1, (2, 3, 4, 5)).shape == (2, 3, 4) and not run.kept(1, (2, 3, 4, 5))[0, 0, 0]
+    state = np.zeros((2, 3, 4, 4), np.float32)
+    keep = run.kept(2, state.shape)
+    assert keep.all() and run.rows(2, state)[keep].shape == (2, 3, 16)
 
 
 def test_a_wrong_head_of_a_state_is_seen(tmp_path: Path) -> None:
