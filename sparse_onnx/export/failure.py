@@ -12,9 +12,11 @@ from sparse_onnx.graph.text import printable, root_cause
 
 
 def first_line(error: BaseException) -> str:
-    """What the error says in its first line; its type where it says nothing."""
+    """What the error says in its first line, and in the next one where that announces it with a colon; its type where
+    it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return printable(lines[0]) if lines else type(error).__name__
+    announced = 2 if lines and lines[0].endswith(":") else 1
+    return printable(" ".join(lines[:announced])) if lines else type(error).__name__
 
 
 def root_line(error: BaseException) -> str:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from sparse_onnx.blocks import Activation, ExpertSpec, GateLayout, WeightLayout
 
-_FAR = 1e4
+#: Points to read parameters off: far outside any limit, and within one. Nearer to 0 float32 is too coarse.
+_FAR, _NEAR = 1e4, (1.0, 1 / 4)
 _ROWS = 2048
 
 
@@ -109,24 +110,26 @@ def _candidates(
 def _clamped(
     at: Callable[..., float], layout: GateLayout, weight_layout: WeightLayout
 ) -> Iterator[ExpertSpec]:
-    limit = beta = 0.0
-    at_one = at(1.0)
-    if layout != GateLayout.NONE:
-        at_one = at(1.0, 1.0) - at(1.0, 0.0)  # f is affine in u near 0
-        if not math.isfinite(at_one) or at_one == 0:
-            return
-        beta = _rounded(at(1.0, 0.0) / at_one)
-        far = at(1.0, _FAR) / at_one - beta
-        limit = 0.0 if math.isclose(far, _FAR, rel_tol=1e-3) else _rounded(far)
-        if limit < 0:
-            return
-    slopes = [1.0]
-    if 0.5 < at_one < 1:
-        slopes.append(_rounded(math.log(at_one / (1 - at_one))))
-    for slope in slopes:
-        yield ExpertSpec(Activation.SILU, layout, weight_layout, limit, slope, beta)
-    for activation in (Activation.GELU, Activation.GELU_TANH, Activation.RELU, Activation.RELU2):
-        yield ExpertSpec(activation, layout, weight_layout, limit, 1.0, beta)
+    for near in _NEAR:
+        limit = beta = 0.0
+        if layout == GateLayout.NONE:
+            activated = at(near)
+        else:
+            activated = (at(near, near) - at(near, 0.0)) / near  # f is affine in u near 0
+            if not math.isfinite(activated) or activated == 0:
+                continue
+            beta = _rounded(at(near, 0.0) / activated)
+            far = at(near, _FAR) / activated - beta
+            limit = 0.0 if math.isclose(far, _FAR, rel_tol=1e-3) else _rounded(far)
+            if limit < 0:
+                continue
+        slopes = [1.0]
+        if 0.5 < activated / near < 1:
+            slopes.append(_rounded(math.log(activated / (near - activated)) / near))
+        for slope in slopes:
+            yield ExpertSpec(Activation.SILU, layout, weight_layout, limit, slope, beta)
+        for activation in (Activation.GELU, Activation.GELU_TANH, Activation.RELU, Activation.RELU2):
+            yield ExpertSpec(activation, layout, weight_layout, limit, 1.0, beta)
 
 
 def _softcapped(

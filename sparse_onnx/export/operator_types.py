@@ -15,23 +15,55 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export.twin import HALF
 from sparse_onnx.graph.build import Emitter, Namespace
 from sparse_onnx.graph.infer import infer
 
 _FLOAT = "tensor(float)"
+#: Lists of tensors; ONNX has none of bfloat16.
+_LISTS = frozenset(
+    {
+        "ConcatFromSequence",
+        "SequenceAt",
+        "SequenceConstruct",
+        "SequenceEmpty",
+        "SequenceErase",
+        "SequenceInsert",
+    }
+    | {"SequenceMap", "SplitToSequence"}
+)
 
 
 def cast_where_undefined(model: ir.Model) -> int:
-    """Rewrites them in place, in If, Loop and Scan bodies too; how many there were."""
+    """Rewrites them in place, in If, Loop and Scan bodies too; how many there were.
+
+    Raises:
+        ImpossibleError: the graph holds lists of bfloat16.
+    """
     infer(model)
     version, names, found = model.opset_imports[""], Namespace(model), 0
     for node in list(model.graph.all_nodes()):
+        _refuse_lists(node)
         kinds = _undefined(node, version)
         if kinds:
             _rewrite(node, kinds, names, version)
             found += 1
     return found
+
+
+def _refuse_lists(node: ir.Node) -> None:
+    if node.domain not in ("", "ai.onnx") or node.op_type not in _LISTS:
+        return
+    dtype = node.attributes.get("dtype")
+    narrow = dtype is not None and dtype.as_int() == ir.DataType.BFLOAT16
+    if narrow or any(
+        value is not None and value.dtype == ir.DataType.BFLOAT16 for value in (*node.inputs, *node.outputs)
+    ):
+        raise ImpossibleError(
+            f"the graph holds a list of bfloat16 tensors ({node.op_type}), and ONNX defines none",
+            "export with --dtype float16 or float32",
+        )
 
 
 def _undefined(node: ir.Node, version: int) -> dict[str, ir.DataType]:

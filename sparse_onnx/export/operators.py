@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnxscript
@@ -27,8 +27,27 @@ def _conv3d(self: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any)
     return aten_conv3d(self, weight, bias, *args, **kwargs)
 
 
+def _reshaped(tensors: Sequence[Any], shape: list[int], least: int) -> list[Any]:
+    return [
+        each if len(each.shape) >= least else _op.Reshape(each, _op.Constant(value_ints=shape))
+        for each in tensors
+    ]
+
+
+def _vstack(tensors: Sequence[Any]) -> Any:
+    """onnxscript makes lists of these and the next ones, which ONNX does not define for bfloat16."""
+    return _op.Concat(*_reshaped(tensors, [1, -1], 2), axis=0)
+
+
+def _hstack(tensors: Sequence[Any]) -> Any:
+    tensors = _reshaped(tensors, [-1], 1)
+    return _op.Concat(*tensors, axis=min(1, len(tensors[0].shape or ()) - 1))
+
+
 #: By operator.
 TABLE: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.sort.stable: _stable_sort,
     torch.ops.aten.conv3d.default: _conv3d,
+    torch.ops.aten.vstack.default: _vstack,
+    torch.ops.aten.hstack.default: _hstack,
 }

@@ -60,6 +60,8 @@ def apply(module: torch.nn.Module) -> None:
                     _copy_what_is_given_back(node)
                 elif node.target in (_aten.squeeze.dim, _aten.squeeze.dims):
                     _squeeze(node)
+                elif node.target in (_aten.split.Tensor, _aten.chunk.default):
+                    _split(node)
                 elif node.target in _SCALED:
                     _resize(node)
                 elif node.target in _ADDING and _narrow(node):
@@ -85,6 +87,32 @@ def _squeeze(node: fx.Node) -> None:
     else:
         node.replace_all_uses_with(source)
         node.graph.erase_node(node)
+
+
+def _split(node: fx.Node) -> None:
+    """Parts whose length follows from an open one become as many lengths as there are parts: from one length alone
+    onnxscript does not learn how many parts it gives."""
+    source, given, *rest = node.args
+    parts, dim = node.meta["val"], rest[0] if rest else node.kwargs.get("dim", 0)
+    if not isinstance(source, fx.Node) or not isinstance(dim, int) or len(parts) < 2:
+        return
+    if all(isinstance(each.shape[dim], int) for each in parts):
+        return
+
+    def add(target: Any, *args: Any) -> fx.Node:
+        made = node.graph.call_function(target, args)
+        values = [each.meta["val"] if isinstance(each, fx.Node) else each for each in args]
+        made.meta = {**node.meta, "val": target(*values)}
+        return made
+
+    with node.graph.inserting_before(node):
+        total = add(_aten.sym_size.int, source, dim)
+        size = given
+        if node.target is _aten.chunk.default and isinstance(given, int):
+            size = add(operator.floordiv, add(operator.add, total, given - 1), given)
+        last = add(operator.sub, total, add(operator.mul, size, len(parts) - 1))
+    node.target, node.kwargs = _aten.split_with_sizes.default, {}
+    node.args = (source, [size] * (len(parts) - 1) + [last], dim)
 
 
 def _resize(node: fx.Node) -> None:

@@ -144,6 +144,7 @@ def _trace_transformers(
         contextlib.nullcontext() if source.interface.cached else patches.own_windows(),
         # It would make position ids, computed from the sample, a further input; the model computes its own.
         utils.patch_attribute(utils, "precompute_export_inputs", lambda _: lambda model, inputs: None),
+        utils.patch_attribute(utils, "module_dtype", _one_dtype),
     ):
         config = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
         program, _ = DynamoExporter().export_program(wanted, dict(inputs), config)
@@ -170,6 +171,17 @@ def _trace_transformers(
         for body in bodies:
             fix(body)
     return Traced(model, runnable, assumptions, symbols), other
+
+
+def _one_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers casts the inputs to the type of the model's first parameter. In a model of several types, such as
+    one whose encoder of sound stays in float32, that may be another's than theirs: they are left as they are."""
+
+    def dtype(model: Any) -> torch.dtype | None:
+        kinds = {each.dtype for each in model.parameters() if each.is_floating_point()}
+        return original(model) if len(kinds) == 1 else None
+
+    return dtype
 
 
 def _runnable(program: torch.export.ExportedProgram, interface: Interface) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 import sparse_onnx  # noqa: E402
 from sparse_onnx.bench.coverage import registry, tiny  # noqa: E402
-from sparse_onnx.core.errors import OutsideError  # noqa: E402
+from sparse_onnx.core.errors import ModelError, OutsideError  # noqa: E402
 from sparse_onnx.export import random_weights  # noqa: E402
 
 
@@ -31,6 +31,16 @@ def test_a_model_that_does_not_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(OutsideError) as caught:
         sparse_onnx.export(place, tmp_path / "out.onnx", random_weights=True)
     assert "the model raised UnboundLocalError" in str(caught.value)
+
+
+def test_a_configuration_that_transformers_refuses_says_why(tmp_path: Path) -> None:
+    """The reason is in the second line of its error."""
+    place = folder("zaya", tmp_path, num_experts_per_tok=2)
+    with pytest.raises(
+        ModelError, match=r"'validate_architecture': ValueError: ZAYA currently supports"
+    ) as caught:
+        sparse_onnx.export(place, tmp_path / "out.onnx", random_weights=True)
+    assert "\n" not in caught.value.message
 
 
 def test_random_weights_of_layers_without_width() -> None:

@@ -15,6 +15,8 @@ SHAPES = [
     (1.702, 1.0, 7.0),
     (1.0, 0.0, 2.5),
     (1.0, 0.25, 0.0),
+    (1.0, 0.0, 0.5),
+    (1.702, 1.0, 0.3),
 ]
 
 
@@ -37,15 +39,18 @@ def test_each_form_is_found(spec: ExpertSpec) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gpt_oss_written_its_own_way(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("limit", [7.0, 0.4, 0.25])
+def test_gpt_oss_written_its_own_way(dtype: torch.dtype, limit: float) -> None:
     def gpt_oss(projected: torch.Tensor) -> torch.Tensor:
         projected = projected.to(dtype)
         gate_, up = projected[..., ::2], projected[..., 1::2]
-        gate_, up = gate_.clamp(min=None, max=7.0), up.clamp(min=-7.0, max=7.0)
+        gate_, up = gate_.clamp(min=None, max=limit), up.clamp(min=-limit, max=limit)
         return (up + 1) * (gate_ * torch.sigmoid(gate_ * 1.702))
 
     found = gate.classify(gpt_oss, True, WeightLayout.IN_OUT)
-    assert found == ExpertSpec(Activation.SILU, GateLayout.INTERLEAVED, WeightLayout.IN_OUT, 7.0, 1.702, 1.0)
+    assert found == ExpertSpec(
+        Activation.SILU, GateLayout.INTERLEAVED, WeightLayout.IN_OUT, limit, 1.702, 1.0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

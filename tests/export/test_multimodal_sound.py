@@ -18,9 +18,10 @@ import onnxruntime  # noqa: E402
 from sparse_onnx import export  # noqa: E402
 from sparse_onnx.bench.coverage import multimodal as tiny  # noqa: E402
 from sparse_onnx.core.errors import ImpossibleError, UsageError  # noqa: E402
-from sparse_onnx.export import experts, sources  # noqa: E402
+from sparse_onnx.export import experts, sources, trace  # noqa: E402
 from sparse_onnx.export.multimodal import chain, cutting, media, sound  # noqa: E402
 from sparse_onnx.export.multimodal import export as parts  # noqa: E402
+from sparse_onnx.export.multimodal.parts import as_part  # noqa: E402
 
 #: What each takes: input and its shape, what is fixed beside it, and tokens of a piece.
 FORMS = {
@@ -33,9 +34,9 @@ FORMS = {
 }
 
 
-def loaded(name: str, place: Path) -> Any:
+def loaded(name: str, place: Path, **types: Any) -> Any:
     folder = tiny.write(next(each for each in tiny.architectures() if each.name == name), place / name)
-    return sources.resolve(str(folder), random_weights=True)
+    return sources.resolve(str(folder), random_weights=True, **types)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -90,6 +91,26 @@ def test_sound_of_another_form_is_refused(tmp_path: Path) -> None:
     model = loaded("dots3_note", tmp_path).module
     with pytest.raises(ImpossibleError, match="in a form that is not known"):
         sound.sample(model, {"spectrogram"})
+
+
+def test_a_decoder_takes_embeddings_in_its_own_type(tmp_path: Path) -> None:
+    """Beside an encoder of sound that transformers keeps in float32, whose parameters are the model's first."""
+    source = loaded("nemo_speechlm", tmp_path, dtype=torch.bfloat16)
+    assert {each.dtype for each in source.module.parameters()} == {torch.float32, torch.bfloat16}
+    whole = cutting.cut(source.module, media.of_model(source.module, None)[0])
+    text = parts._text(source, whole)
+    with as_part(text, parts._logits(whole)):
+        traced = trace.trace(text, experts.find(text.module), 20)
+    types = {value.name: value.dtype for value in traced.model.graph.inputs}
+    assert types["inputs_embeds"] == ir.DataType.BFLOAT16
+
+
+@pytest.mark.slow
+def test_a_model_of_two_types(tmp_path: Path) -> None:
+    loaded("nemo_speechlm", tmp_path)
+    place, out = tmp_path / "nemo_speechlm", tmp_path / "out"
+    report = export(place, out, random_weights=True, multimodal=True, dtype="bfloat16")
+    assert report.verify is not None and report.verify.passed and len(list(out.glob("*.onnx"))) == 3
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from sparse_onnx.bench.coverage import registry, tiny  # noqa: E402
 from sparse_onnx.core.errors import ImpossibleError  # noqa: E402
 from sparse_onnx.export import past, patches, sources  # noqa: E402
 from sparse_onnx.export.past import compressed, own_caches  # noqa: E402
+from sparse_onnx.export.past.source import PastRun  # noqa: E402
 from sparse_onnx.verify.compare import difference  # noqa: E402
 
 #: Architecture -> what its layers keep beside keys and values.
@@ -154,6 +155,31 @@ def test_a_model_that_forgets_its_state_is_refused(tmp_path: Path, monkeypatch: 
         with_past("jamba", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gemma4_text", {"use_bidirectional_attention": "all"}),
+        ("step3p7", {"use_bidirectional_attention": True}),
+    ],
+)
+def test_a_model_that_looks_ahead_is_refused(name: str, changes: dict[str, object], tmp_path: Path) -> None:
+    """What it keeps of a token would change with each that follows."""
+    found = next(each for each in registry.architectures() if each.name == name)
+    config = tiny.tiny(name)
+    for each, value in changes.items():
+        setattr(config.get_text_config(decoder=True), each, value)
+    config.architectures = [found.model_class]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ImpossibleError, match="sees later tokens too"):
+        past.with_past(sources.resolve(str(tmp_path), random_weights=True))
+    assert with_past(name, tmp_path / "causal").slots
+
+
+def test_a_router_that_mixes_tokens_is_no_such_attention(tmp_path: Path) -> None:
+    """Doge's takes scores of other tokens, later ones too; what its cache holds stays."""
+    assert with_past("doge", tmp_path).slots
+
+
 def test_minimax_whose_first_layer_is_linear(tmp_path: Path) -> None:
     """As MiniMax-Text-01 is. transformers' own cache takes its past for empty then."""
     found = {each.name: each for each in registry.architectures()}["minimax"]
@@ -230,6 +256,16 @@ def test_it_generates_what_torch_generates(name: str, tmp_path: Path) -> None:
     assert by_onnxruntime(path, prompts, 32) == by_torch(module, prompts, 32)
     names = {value.name for value in onnxruntime.InferenceSession(str(path)).get_inputs()}
     assert {slot.past for slot in source.slots} < names
+
+
+def test_padding_is_no_part_of_a_state() -> None:
+    """Whose width may be the length of the text."""
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    run = PastRun("run", {"attention_mask": mask}, {}, ("attention_mask",), states=frozenset({2}))
+    assert run.kept(1, (2, 3, 4, 5)).shape == (2, 3, 4) and not run.kept(1, (2, 3, 4, 5))[0, 0, 0]
+    state = np.zeros((2, 3, 4, 4), np.float32)
+    keep = run.kept(2, state.shape)
+    assert keep.all() and run.rows(2, state)[keep].shape == (2, 3, 16)
 
 
 def test_a_wrong_head_of_a_state_is_seen(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from sparse_onnx.export.multimodal.parts import positions
 from sparse_onnx.export.multimodal.whole import Whole
 from sparse_onnx.export.past.cache import HINT, Decoder, Slot
 from sparse_onnx.export.past.slots import own_cache
-from sparse_onnx.export.past.source import PastInterface, PastSource
+from sparse_onnx.export.past.source import PastInterface, PastSource, states_of
 from sparse_onnx.export.samples import Kind, Spec
 from sparse_onnx.export.sources import Source
 
@@ -80,7 +80,9 @@ def with_past(plain: Source, whole: Whole) -> TextPast:
             "transformers' own code for this model forgets its state where several tokens follow a past", HINT
         )
     longest = getattr(decoder.text, "max_position_embeddings", None)
-    interface = EmbedsInterface(_inputs(plain, slots), tuple(decoder.thresholds()), longest)
+    interface = EmbedsInterface(
+        _inputs(plain, slots), tuple(decoder.thresholds()), longest, states=states_of(slots)
+    )
     own = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
     return TextPast(**{**own, "interface": interface}, slots=slots, plain=plain, whole=whole)
 

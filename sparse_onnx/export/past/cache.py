@@ -18,8 +18,9 @@ from sparse_onnx.core.errors import ImpossibleError
 from sparse_onnx.export.past import compressed, own_caches, reference
 from sparse_onnx.export.past.slots import HINT, Slot, fill, narrow, slots_of
 
-#: What rounding does not explain, relative to the largest logit.
-_FORGOTTEN = 1e-1
+#: What rounding does not explain, relative to the largest logit: where other tokens follow others, and where the same
+#: are only followed by others.
+_FORGOTTEN, _AHEAD = 1e-1, 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Decoder:
         """The tensors of the cache, by running the model on three tokens.
 
         Raises:
-            ImpossibleError: a layer keeps something else than keys, values and states.
+            ImpossibleError: a layer keeps something else than keys, values and states, or the model looks ahead.
         """
         cache, ids = self.empty(), torch.tensor([[0, 1, 2]])
         output = self(
@@ -97,7 +98,24 @@ class Decoder:
         slots = tuple(slot for slot in slots if slot not in lengths[1:])  # one for all layers
         if not any(slot.axis for slot in slots):
             raise ImpossibleError("the cache holds no keys and values, from which a past length shows", HINT)
+        if self._looks_ahead():
+            raise ImpossibleError(
+                "the model's attention sees later tokens too, so that what its cache holds changes with each",
+                HINT,
+            )
         return slots
+
+    def _looks_ahead(self) -> bool:
+        """Whether the model says that its attention is not causal, and a token changes what it makes of those before:
+        it may say so of images alone. Doge's router mixes all tokens, which is another thing."""
+        causal = getattr(self.text, "is_causal", True) is not False
+        if causal and not getattr(self.text, "use_bidirectional_attention", None):
+            return False
+        last = int(self.text.vocab_size) - 1
+        ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, last]])
+        positions = torch.arange(4).repeat(2, 1)
+        first, second = self(ids, torch.ones_like(ids), positions, self.empty()).logits[:, :-1].float()
+        return float((first - second).abs().max()) > _AHEAD * float(first.abs().max())
 
     @torch.no_grad()
     def continues(self, slots: Sequence[Slot]) -> bool:

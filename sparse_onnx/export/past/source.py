@@ -147,7 +147,7 @@ class PastRun(samples.Run):
         mask = self.inputs["attention_mask"].numpy().astype(np.bool_)
         if output == 0:
             return mask[:, -shape[1] :]
-        if len(shape) == 4 and shape[2] == mask.shape[1]:
+        if output not in self.states and len(shape) == 4 and shape[2] == mask.shape[1]:
             return np.broadcast_to(mask[:, None], shape[:3])
         return np.ones(shape[:1], np.bool_)
 
@@ -221,6 +221,15 @@ class PastSource(Source):
         return with_past(self.plain.widened())
 
 
+def states_of(slots: tuple[Slot, ...]) -> frozenset[int]:
+    """Which outputs are recurrent states, behind the logits."""
+    return frozenset(
+        at
+        for at, slot in enumerate(slots, start=1)
+        if slot.kind == "recurrent_state" and len(slot.shape) == 4
+    )
+
+
 def with_past(source: Source) -> PastSource:
     """The same decoder with its cache among inputs and outputs.
 
@@ -244,12 +253,9 @@ def with_past(source: Source) -> PastSource:
     text = decoder.text
     longest = getattr(text, "max_position_embeddings", None)
     rates = tuple(sorted({slot.rate for slot in slots} - {0}))
-    states = frozenset(
-        at
-        for at, slot in enumerate(slots, start=1)
-        if slot.kind == "recurrent_state" and len(slot.shape) == 4
+    interface = PastInterface(
+        _inputs(decoder, slots), tuple(decoder.thresholds()), longest, rates, states_of(slots)
     )
-    interface = PastInterface(_inputs(decoder, slots), tuple(decoder.thresholds()), longest, rates, states)
     notes = tuple(
         f"no input longer than {length} tokens was compared, from which on the model goes on otherwise: too large"
         for length in interface.thresholds
