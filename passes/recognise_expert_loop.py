@@ -5,14 +5,16 @@ Mistral's reference, transformers 4, optimum, DeepSeek's reference and Switch's 
     rows = where(index == e)                         NonZero of a mask, or a piece of the slots sorted by expert
     out[rows] += weight[rows, slot] * expert_e(x[rows])
 
-which becomes one `sparse_onnx::MoE` (or `GatedMoE`) node over x, index and weight. Masks may be compared, one-hot or
-reduced over the slots; rows gathered and put back by any of Gather, GatherND, ScatterND, ScatterElements; weights taken
-by token and slot, from a column of a weight for each expert, or multiplied on after a loop over one expert a token.
+which becomes one `sparse_onnx::MoE` (or `GatedMoE`) node over x, index and weight. A loop over a token's slots, that
+is over columns of the index, may stand around or inside that one. Masks may be compared, one-hot or reduced over the
+slots; rows gathered and put back by any of Gather, GatherND, ScatterND, ScatterElements; weights taken by token and
+slot, from a column of a weight for each expert, or multiplied on after a loop over one expert a token.
 
 Proved from the graph: each mask is that of one expert over the same indices; rows, weights and results all belong to
-the slots of that mask; every expert of the router occurs once, and reads the same tokens; accumulators have a row for
-each token, and nobody else reads them. What a sum began with, or got besides (a shared expert), stays an addition.
-Indices of a router that is not proved to choose among these experts are guarded: what is none of them is dropped.
+the slots of that mask; every expert of the router occurs once (once a slot), and reads the same tokens; accumulators
+have a row for each token, and nobody else reads them. What a sum began with, or got besides (a shared expert), stays
+an addition. Indices of a router that is not proved to choose among these experts are guarded: what is none of them is
+dropped.
 
 Enters If, Loop and Scan bodies. Refused, with the reason: everything else that scatters what several experts' masks
 chose.

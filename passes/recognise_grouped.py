@@ -143,7 +143,6 @@ def _read(
         if not layers.segments.problem:
             _check_factors(rows, weight, joined)
         raise
-    dims.learn_rows(joined.outputs[0], ids)  # the experts' segments, one behind the other, are all slots
     entry = rows_of(read[0].entry)
     source = gathered(entry)
     top_k = None if source is None else quotient(source[1], order.permutation)
@@ -151,6 +150,10 @@ def _read(
         raise Mismatch(
             f"what the experts read, '{entry.name}', is not proved to be tokens in sorted order", joined
         )
+    other = next((item for item in read if rows_of(item.entry) is not entry), None)
+    if other is not None:
+        raise Mismatch(f"one expert reads '{entry.name}', another one '{other.entry.name}'", joined)
+    dims.learn_rows(joined.outputs[0], ids)  # the experts' segments, one behind the other, are all slots
     tokens = source[0]
     if rank(tokens) != 2:
         raise Mismatch(f"the tokens '{tokens.name}' are not proved to be one row each", entry.producer())

@@ -274,6 +274,10 @@ def _form(
     if node.op_type == "ScatterElements":
         fits = len(sizes) == 2 and axis(node, 0) == 0 and len(where.labels) == 2 and len(where.kinds) == 1
         fits = fits and where.labels[0] in ("n", "N") and where.labels[1] == "*" and not where.hits.wide
+        # Indices and updates have one shape; narrower than the sum, they would reach its first columns alone.
+        fits = fits and any(
+            reader.dims.same_last(item, base) for item in node.inputs[1:3] if item is not None
+        )
         return (where.kinds, False) if fits else None
     if where.labels[-1] not in ("c", "1") or (where.labels[-1] == "1" and len(where.kinds) != 1):
         return None
@@ -338,10 +342,7 @@ def _keeps_rows(node: ir.Node, base: ir.Value, reader: HitReader) -> bool:
 def _whole(node: ir.Node) -> bool:
     """A Slice from the start of each axis to an end that is computed: torch cuts updates to their indices' shape."""
     starts, steps = ints(node.inputs[1]), ints(node.inputs[4]) if len(node.inputs) > 4 else [1]
-    if (
-        starts is None
-        or any(starts)
-        or (node.inputs[4:] and node.inputs[4] is not None and set(steps or [0]) != {1})
-    ):
+    stepped = node.inputs[4:] and node.inputs[4] is not None and set(steps or [0]) != {1}
+    if starts is None or any(starts) or stepped:
         return False
     return node.inputs[2] is not None and tensor(node.inputs[2]) is None

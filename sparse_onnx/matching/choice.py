@@ -256,10 +256,9 @@ def _index(value: ir.Value) -> Index | None:
     whole = value.dtype in (ir.DataType.INT32, ir.DataType.INT64)
     if not dimensions or not whole or constant(value) is not None:
         return None
-    # Slots are counted: an axis of open length holds tokens.
-    top_k = size(value, -1) if dimensions > 1 else None
+    top_k = size(value, -1) if dimensions > 1 else None  # slots are counted: an open axis holds tokens
     labels = _labels(dimensions, top_k is not None, top_k)
-    return Index(value, labels, top_k or 1, _joined(value), top_k in (None, 1))
+    return Index(value, labels, 1 if top_k is None else top_k, _joined(value), top_k in (None, 1))
 
 
 def _slot(value: ir.Value) -> Index | None:
@@ -270,7 +269,8 @@ def _slot(value: ir.Value) -> Index | None:
         return None
     last = len(source.labels) - 1
     found = picked(value, lambda axis: source.top_k if axis == last else None, len(source.labels))
-    if found is None or found.axis != last or len(found.indices) != 1 or source.labels[last] != "k":
+    one = found is not None and found.axis == last and len(found.indices) == 1 and source.labels[last] == "k"
+    if found is None or not one or found.indices[0] >= (source.top_k or 0):
         return None
     labels = (*source.labels[:last], "1") if found.keeps else source.labels[:last]
     return Index(value, labels, 1, source.experts, True, (found.source, found.indices[0]))
@@ -299,7 +299,7 @@ def _labels(dimensions: int, has_slots: bool, top_k: int | None) -> Labels:
 def _counted(value: ir.Value) -> np.ndarray | None:
     """``Range(0, E)`` of constants."""
     node = producer(value, "Range")
-    bounds = [ints(item) for item in node.inputs] if node is not None else []
+    bounds = [] if node is None else [ints(item) for item in node.inputs]
     numbers = [item[0] for item in bounds if item is not None and len(item) == 1]
     return np.arange(*numbers) if len(numbers) == 3 and abs(numbers[1]) <= 4096 else None
 

@@ -91,6 +91,8 @@ def _over_slots_apart(
     loops = [_loop(part, reader) for part in parts]
     first = loops[0]
     for number, loop in enumerate(loops):
+        if loop.by_slot:
+            raise Unproven("the sum has a row for each slot, and each slot a loop of its own")
         if loop.tokens is not first.tokens:
             raise Unproven(f"slot {number} reads '{loop.tokens.name}', slot 0 '{first.tokens.name}'")
         if not same_experts(loop.bodies, first.bodies):

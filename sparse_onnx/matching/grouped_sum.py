@@ -82,6 +82,10 @@ class Combining:
         """The rows that a scatter writes into are no more than those that it brings back."""
         data = way.node.inputs[0]
         assert data is not None
+        if way.node.op_type == "ScatterElements" and self.dims.size(data, -1) != self.shape[-1]:
+            raise Mismatch(
+                f"the rows are not proved to be as wide as '{data.name}', to which they return", way.node
+            )
         per_slot = way.top_k == 1
         if per_slot and self.dims.as_many_rows(data, way.rows):
             return

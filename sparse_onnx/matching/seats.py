@@ -3,7 +3,8 @@
     mask[s, k, e, c] = (ids[s, k] == e) * (place[s, k] == c) * conditions[s, k]
     place[s, k]      = how many slots before (s, k) chose the same expert
 
-No two slots take the same seat (e, c), because the places are a running count over all slots.
+No two slots take the same seat (e, c), because the places are a running count over all slots. Where the mask drops what
+is not kept, a place may be ``place * kept``.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ class SeatReader:
 
     def _of_the_kept(self, place: Factor, conditions: Sequence[Factor]) -> Factor:
         """`place` behind `place * kept`: they differ for slots alone that the same condition of the mask drops."""
-        item = self._unmoved(place)
+        item = self._unmoved(place, check=True)
         node = producer(item.value, "Mul")
         for value, other in () if node is None else pairs(node):
             mask = self._unmoved(self.algebra.spread(other, item.axes))
@@ -191,9 +192,11 @@ class SeatReader:
                 )
         return place
 
-    def _unmoved(self, item: Factor) -> Factor:
-        """The factor behind all steps that move or cast its elements."""
+    def _unmoved(self, item: Factor, check: bool = False) -> Factor:
+        """The factor behind all steps that move or cast its elements; `check`: which are counts of slots."""
         while (moved := self.algebra.moved(item)) is not None:
+            if check:
+                _check_exact(item.value)
             item = moved
         return self.algebra.plain(item)
 
@@ -223,10 +226,7 @@ class SeatReader:
             node = producer(item.value)
             if node is None:
                 break
-            if item.value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
-                raise Opaque(
-                    f"'{item.value.name}' counts slots in half precision, where large counts are rounded"
-                )
+            _check_exact(item.value)
             moved = self.algebra.moved(item)
             if (
                 node.op_type == "Cast"
@@ -298,6 +298,13 @@ class SeatReader:
                 f"the places of slots that '{node.name}' counts begin below 0, and OneHot takes these from the end"
             )
         return first + int(offset)
+
+
+def _check_exact(value: ir.Value) -> None:
+    if value.dtype not in _WIDE:
+        raise Opaque(
+            f"'{value.name}' counts slots in {value.dtype.name}, where large counts are rounded or wrap"
+        )
 
 
 def _shift(node: ir.Node) -> tuple[ir.Value, float, bool] | None:

@@ -80,7 +80,16 @@ def _picked(value: ir.Value) -> tuple[ir.Value, int] | None:
 
 
 def same_experts(one: Sequence[Expert | str], other: Sequence[Expert | str]) -> bool:
-    """Whether two slots choose among the same experts, by the same numbers."""
+    """Whether two slots choose among the same experts of two layers, by the same numbers.
+
+    Raises:
+        Unproven: an expert of another body.
+    """
+    for number, body in enumerate([*one, *other]):
+        if isinstance(body, str):
+            raise Unproven(
+                f"expert {number % len(one)} is no expert of two layers, in a loop over slots: {body}"
+            )
     return len(one) == len(other) and all(map(_same, one, other))
 
 

@@ -41,7 +41,7 @@ class Pieces:
     def read(self, value: ir.Value) -> Piece | None:
         node = producer(value, "Slice", "Split", "Gather")
         rows = None if node is None else node.inputs[0]
-        if rows is None or rank(rows) != 1:
+        if rows is None or rank(rows) != 1 or rank(value) != 1:
             return None
         sort = _sort(rows)
         found = None if sort is None else self._known(sort)

@@ -126,6 +126,35 @@ def test_near_miss(wrong: str) -> None:
     assert ir.to_proto(model).SerializeToString(True) == ir.to_proto(untouched).SerializeToString(True)
 
 
+@pytest.mark.parametrize("back", ["inverse", "put"])
+def test_experts_that_read_other_rows(back: str) -> None:
+    """The second expert's segment is one of rows of 2 x."""
+    proto = grouped(whole=True, cut="slice", back=back)
+    [rows] = [node for node in proto.graph.node if node.op_type == "GatherND"][:1]
+    pieces = [
+        node for node in proto.graph.node if node.op_type == "Slice" and node.input[0] == rows.output[0]
+    ]
+    pieces[1].input[0] = "doubled"
+    at = list(proto.graph.node).index(rows)
+    proto.graph.node.insert(at, onnx.helper.make_node("GatherND", ["twice", rows.input[1]], ["doubled"]))
+    proto.graph.node.insert(at, onnx.helper.make_node("Add", ["x", "x"], ["twice"]))
+    _, outcome = recognised(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+    assert outcome.rewritten == 0 and "one expert reads" in outcome.refusals[0].reason
+
+
+def test_rows_narrower_than_what_they_return_to() -> None:
+    """ScatterElements would reach the first columns alone."""
+    proto = grouped(back="add-elements", whole=True)
+    for held in proto.graph.initializer:
+        if list(held.dims) == [4, 6, 8]:
+            held.CopyFrom(
+                onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(held)[..., :3].copy(), held.name)
+            )
+    del proto.graph.value_info[:]
+    _, outcome = recognised(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+    assert outcome.rewritten == 0 and "are not proved to be as wide as" in outcome.refusals[0].reason
+
+
 def test_a_block_in_the_branch_of_an_if() -> None:
     inner = grouped()
     branch = inner.graph

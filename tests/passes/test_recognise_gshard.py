@@ -251,6 +251,24 @@ def half_precision(g: Draft) -> None:
     g.nodes["line32"] = ("Cast", ["line"], {"to": 10})
 
 
+def kept_in_half_precision(g: Draft) -> None:
+    places_of_the_kept(g)
+    g.before("where", "half", "Cast", "moved", to=10)
+    g.rewire("where", "moved", "half")
+
+
+def places_in_bytes(g: Draft) -> None:
+    g.before("where", "narrow", "Cast", "clipped", to=3)
+    g.before("where", "wide", "Cast", "narrow", to=7)
+    g.rewire("where", "clipped", "wide")
+
+
+def counts_in_bytes(g: Draft) -> None:
+    g.before("apart", "narrow", "Cast", "count", to=3)
+    g.before("apart", "wide", "Cast", "narrow", to=7)
+    g.rewire("apart", "count", "wide")
+
+
 def soft_choice(g: Draft) -> None:
     g.constants["off_on"] = np.array([0, 2], np.int64)
 
@@ -309,7 +327,10 @@ NEAR: list[tuple[Change, str]] = [
     (places_held_at_the_last, "is not proved to be a running count"),
     (dropped_into_the_first_seat, "is not proved to be a running count"),
     (dropped_by_another_condition, "is not proved to be a running count"),
-    (half_precision, "half precision"),
+    (half_precision, "counts slots in FLOAT16"),
+    (kept_in_half_precision, "counts slots in FLOAT16"),
+    (places_in_bytes, "counts slots in INT8"),
+    (counts_in_bytes, "counts slots in INT8"),
     (soft_choice, "soft"),
     (negative_weights, "may be negative"),
     (threshold, "does not say where combine is more than 0"),

@@ -23,6 +23,8 @@ class Slots(Loop):
     wrong: str = ""
 
     def column(self, value: str, slot: int) -> str:
+        if self.wrong == "column" and slot == 1:
+            slot = self.top_k
         if self.pick == "gather":
             return self.op("Gather", value, slot, axis=1)
         if self.pick == "slice":
@@ -41,7 +43,10 @@ class Slots(Loop):
             mask = self.op("Equal", self.column(ids, slot), e)
             rows = self.op("Squeeze", self.op("NonZero", mask), [0])
             first, second = matrices[(e + (self.wrong == "experts" and slot == 1)) % self.experts]
-            hidden = self.op("Relu", self.op("MatMul", self.op("Gather", "x", rows, axis=0), first))
+            hidden = self.op(
+                "Sin" if self.wrong == "bodies" else "Relu",
+                self.op("MatMul", self.op("Gather", "x", rows, axis=0), first),
+            )
             y = self.op("MatMul", hidden, second)
             if self.weighted:
                 own = self.column(weight, 0 if self.wrong == "weights" else slot)
@@ -78,6 +83,8 @@ def test_what_the_sum_began_with_stays_an_addition() -> None:
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
+        ("bodies", "expert 0 is no expert of two layers, in a loop over slots"),
+        ("column", "the mask of expert 0 is over"),
         ("experts", "the experts of slot 1 are not proved to be those of slot 0"),
         ("weights", "the weights of slot 1 are not proved to be those of its column"),
         ("overwrites", "results of one slot take the place of those of another"),

@@ -33,6 +33,15 @@ class Sorted(Loop):
         if self.cut == "split":
             first = self.op("Split", value, counts, outputs=self.experts, axis=0)
             return [first, *(f"{first}_{e}" for e in range(1, self.experts))]
+        if self.cut.startswith("range"):
+            starts = [self.const(np.array(0)), *(self.op("Squeeze", end) for end in ends)]
+            at = [
+                self.op("Range", starts[e], starts[e + 1], self.const(np.array(1)))
+                for e in range(self.experts)
+            ]
+            if self.cut == "range of columns":
+                at = [self.op("Reshape", piece, [-1, 1]) for piece in at]
+            return [self.op("Gather", value, piece, axis=0) for piece in at]
         bounds = [self.const(np.array([0], np.int64)), *ends]
         return [self.op("Slice", value, bounds[e], bounds[e + 1], [0]) for e in range(self.experts)]
 
@@ -64,18 +73,21 @@ class Sorted(Loop):
             )
             y = self.op("MatMul", hidden, self.weight(INNER, HIDDEN))
             y = self.op("Mul", y, self.op("Gather", scales, places[e], axis=0))
+            if self.wrong == "narrow":
+                y = self.op("Slice", y, [0], [HIDDEN // 2], [1])
             total = self.at("total", e, self.step(total, rows[e], y))
         self.nodes.append(helper.make_node("Identity", [total], ["y"], name="end"))
         return self.model()
 
     def step(self, total: str, token: str, y: str) -> str:
         if self.add == "elements":
-            wide = self.op("Tile", self.op("Reshape", token, [-1, 1]), [1, HIDDEN])
+            width = HIDDEN // 2 if self.wrong == "narrow" else HIDDEN
+            wide = self.op("Tile", self.op("Reshape", token, [-1, 1]), [1, width])
             return self.op("ScatterElements", total, wide, y, axis=0, reduction="add")
         return super().step(total, token, y)
 
 
-@pytest.mark.parametrize("cut", ["slice", "split"])
+@pytest.mark.parametrize("cut", ["slice", "split", "range"])
 @pytest.mark.parametrize("add", ["elements", "add", "gather"])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_found(cut: str, add: str, top_k: int) -> None:
@@ -87,6 +99,7 @@ def test_found(cut: str, add: str, top_k: int) -> None:
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
+        ("narrow", "does not write whole rows"),
         ("rows", "expert 1 reads tokens gathered by the mask of expert 2"),
         ("weights", "the weight is gathered where other slots chose an expert"),
         ("ends", "writes rows that are not the tokens of a mask of one expert"),
@@ -95,6 +108,11 @@ def test_found(cut: str, add: str, top_k: int) -> None:
 )
 def test_refused(wrong: str, reason: str) -> None:
     refused(Sorted(wrong=wrong), reason)
+
+
+def test_pieces_that_are_columns() -> None:
+    """``[n, 1]``, of which a factor ``[n, 1, 1]`` is gathered: each row would meet the weights of all."""
+    check_rewrite(ready(Sorted(cut="range of columns").build()), RecogniseExpertLoop(), rewritten=0)
 
 
 @pytest.mark.parametrize("wrong", ["down", "slots"])
