@@ -92,7 +92,7 @@ def run_all(
     return worst
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_operators_exports_and_torch(count: int, tmp_path: Path) -> None:
     only = (peers.MOE, peers.TRANSFORMERS, peers.MOBIUS, peers.EAGER, peers.GROUPED)
     worst = run_all(build(count), "float32", tmp_path, only)

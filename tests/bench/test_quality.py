@@ -13,6 +13,7 @@ from sparse_onnx.export import export
 from sparse_onnx.models.quality import held_out_text
 
 
+@pytest.mark.slow
 def test_the_model_as_it_is_deployed(tmp_path: Path) -> None:
     exported = tmp_path / "exported.onnx"
     export(MODEL, exported)

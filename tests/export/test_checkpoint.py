@@ -145,7 +145,10 @@ def same_files(first: Path, second: Path) -> None:
     ("name", "dtype", "changes"),
     [
         ("mixtral", torch.float32, {"num_hidden_layers": 1}),
-        ("qwen3_moe", torch.bfloat16, {"num_hidden_layers": 1, "tie_word_embeddings": True}),
+        pytest.param(
+            *("qwen3_moe", torch.bfloat16, {"num_hidden_layers": 1, "tie_word_embeddings": True}),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("deepseek_v3", torch.float32, {}, marks=pytest.mark.slow),
         pytest.param("gpt_oss", torch.float16, {}, marks=pytest.mark.slow),
     ],

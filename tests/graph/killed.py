@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from sparse_onnx.graph.io import load, save
 
-SIZE = 300_000
+SIZE = 30_000
 _COUNTED = ("open", "os.rename", "os.remove", "os.truncate", "os.listdir", "mmap.__new__")
 
 
