@@ -87,6 +87,23 @@ def test_wrong_files(kind: str, spoilt: str, reason: str, monkeypatch: pytest.Mo
     assert cell.outcome == measure.WRONG and reason in cell.reason, cell
 
 
+def test_what_a_mask_is_computed_from_is_no_score() -> None:
+    """The mask comes first among Where's inputs, and is computed from a product in float16."""
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float16[T, 8] h, float[T, 8] x, float16[8, 8] a, float[8, 8] b) => (float[T, 2] values, int64[T, 2] chosen)
+        <int64[1] two = {2}, float16 nothing = {0}, float least = {-9}>
+        {
+            narrow = MatMul (h, a)
+            kept = Greater (narrow, nothing)
+            wide = MatMul (x, b)
+            scores = Where (kept, wide, least)
+            values, chosen = TopK (scores, two)
+        }
+    """)
+    assert scoring.in_file(model) == scoring.Choices({("topk", "float32", "float32"): 1})
+
+
 def test_a_router_whose_product_alone_is_narrow_is_another() -> None:
     wide, narrow = ("topk", "float32", "float32"), ("topk", "float32", "float16")
     assert scoring.differing(scoring.Choices({wide: 2}), scoring.Choices({wide: 2})) == ""

@@ -50,7 +50,7 @@ class _Watching(TorchDispatchMode):
             self._widened[id(result)] = (result, given[0].dtype)
         after = _name(given[0].dtype) if func.overloadpacket in _PRODUCTS else before
         for each in torch.utils._pytree.tree_leaves(result) if after else ():
-            if isinstance(each, Tensor):
+            if isinstance(each, Tensor) and each.dtype != torch.bool:  # a mask says where there are scores
                 self._products[id(each)] = (each, after)
         return result
 
@@ -79,7 +79,8 @@ def _walk(graph: ir.Graph, products: dict[ir.Value, str], found: Choices) -> Non
             if attribute.type == ir.AttributeType.GRAPH:
                 _walk(attribute.as_graph(), products, found)
         for value in node.outputs if after else ():
-            products[value] = after
+            if value.dtype != ir.DataType.BOOL:
+                products[value] = after
 
 
 def _unwidened(node: ir.Node) -> ir.Node:
