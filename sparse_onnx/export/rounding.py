@@ -28,7 +28,7 @@ def answers(source: Source, run: Run) -> Iterator[list[Tensor]]:
         yield double
     for seed in range(_TIMES if _is_small(source) else 0):
         module = copy.deepcopy(source.module)
-        _move(module, seed)
+        move(module, seed)
         yield leaves(dataclasses.replace(source, module=module).forward(run.inputs))
 
 
@@ -54,9 +54,10 @@ def _is_small(source: Source) -> bool:
 
 
 @torch.no_grad()
-def _move(module: Any, seed: int) -> None:
+def move(module: Any, seed: int, least: float = _LEAST) -> None:
+    """Moves the weights at random, by `least` of themselves, in place."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         if parameter.is_floating_point():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(parameter.double() * (1 + _LEAST * noise.double()))
+            parameter.copy_(parameter.double() * (1 + least * noise.double()))

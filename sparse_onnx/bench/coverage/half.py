@@ -1,15 +1,17 @@
 """A file in float16 or bfloat16 against torch.
 
 Three runs of each input of the table are compared with torch's answer with its weights widened to float32. The file's
-graph widened, every weight and constant of 16 bits as float32, is to answer like it at any token: there a wrong expert
-or size shows. The graph with each operator in float32 and its result rounded, and the file as it is in ONNX Runtime,
-are to be as near to it as torch's own 16 bits are, in the median token: single tokens are further off on all sides,
-where rounding decides between experts. ONNX Runtime's CPU provider leaves roundings out where it can, so that its run
-alone would not show that a value overflows; and it does not run every operator.
+graph widened, every weight and constant of 16 bits as float32, is to answer like it at any token: there a wrong
+expert or size shows. Where it does not, it is off at no more tokens than torch itself with weights moved by half a
+unit in the type's last place. The graph with each operator in float32 and its result rounded, and the file as it is
+in ONNX Runtime, are to be as near to it as torch's own 16 bits are, in the median token: single tokens are further
+off on all sides, where rounding decides between experts. ONNX Runtime's CPU provider leaves roundings out where it
+can, so that its run alone would not show that a value overflows; and it does not run every operator.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 from sparse_onnx.bench.coverage import exporters, measure, scoring
 from sparse_onnx.bench.coverage.measure import FAILED, NO_KERNEL, WRONG, Cell
 from sparse_onnx.core.errors import SparseOnnxError
-from sparse_onnx.export import samples, sixteen, ties, twin
+from sparse_onnx.export import rounding, samples, sixteen, ties, twin
 from sparse_onnx.export.samples import Run
 from sparse_onnx.export.sources import Source, leaves
 from sparse_onnx.graph import io
@@ -33,6 +35,8 @@ _EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 _MULTIPLE = 2.0
 #: Inputs of a size that are tried where an answer differs: rounding decides between experts at a near tie.
 _DRAWS, _SEED = 3, 3000
+#: How often torch's weights are moved where the widened graph is off.
+_MOVES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,18 +108,30 @@ class _Judge:
         itself = self.file.run(run)
         sides += [] if itself is None else [itself]
         graph, torchs, *files = (_per_token(exact, answers, run) for answers in sides)
-        rounding = float(np.median(torchs))
-        found = _Errors(float(graph.max()), max(float(np.median(errors)) for errors in files), rounding)
+        apart = float(np.median(torchs))
+        found = _Errors(float(graph.max()), max(float(np.median(errors)) for errors in files), apart)
         least = _EPSILON[self.kind]
-        if not found.widened <= _MULTIPLE * least:
+        if not found.widened <= _MULTIPLE * least and not self._moves_too(graph, exact, run):
             reason = f"its graph in float32 is off by {found.widened:.2g}"
-        elif not found.file <= _MULTIPLE * max(least, rounding):
-            reason = f"it is off by {found.file:.2g} in the median token, and torch's own {self.kind} by {rounding:.2g}"
+        elif not found.file <= _MULTIPLE * max(least, apart):
+            reason = f"it is off by {found.file:.2g} in the median token, and torch's own {self.kind} by {apart:.2g}"
         elif any((np.isfinite(torchs) & ~np.isfinite(errors)).any() for errors in files):
             reason = "it holds infinities or NaNs where torch has none"
         else:
             reason = ""
         return dataclasses.replace(found, reason=reason)
+
+    def _moves_too(self, graph: np.ndarray, exact: list[np.ndarray], run: Run) -> bool:
+        """Whether torch itself is off at as many tokens with its weights moved by half a unit in the last place."""
+        limit, most = _MULTIPLE * _EPSILON[self.kind], 0
+        for seed in range(_MOVES):
+            module = copy.deepcopy(self.wide.module)
+            rounding.move(module, seed, _EPSILON[self.kind] / 2)
+            with ties.first_of_equal():
+                moved = leaves(dataclasses.replace(self.wide, module=module).forward(_wide(run.inputs)))
+            answers = [np.asarray(value) for value in moved]
+            most = max(most, int((_per_token(exact, answers, run) > limit).sum()))
+        return bool(np.isfinite(graph).all()) and int((graph > limit).sum()) <= most
 
 
 def _wide(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
