@@ -17,13 +17,13 @@ _TEXT = """
 The same models by `export --dtype float16` and `--dtype bfloat16`, without a cache, made by {commands}; seven
 inputs here too. Measure is torch's answer with its weights widened to float32. A file is right where three things
 hold. Its graph with every weight and constant widened is off by no more than twice the type's epsilon (2^-10,
-2^-7), at every token, or at no more tokens than torch itself with weights moved by half a unit in the type's last
-place. Its graph with each operator in float32 and its result rounded, and the file itself in ONNX Runtime, are off
-in the median token by no more than twice torch's own error in that type, or twice its epsilon where that is more,
-and finite wherever torch is; single tokens are further off on all sides, where rounding decides between experts.
-And whatever torch chooses by (`topk`, `sort`, `argmax`) enters the file's TopK and ArgMax in the same type, from
-matrix products of the same type: a router that the model computes in float32 stays so. An input at which a file
-fails gives way to others of its sizes, up to three.
+2^-7), at every token. Its graph with each operator in float32 and its result rounded, and the file itself in ONNX
+Runtime, are off in the median token by no more than twice torch's own error in that type, or twice its epsilon
+where that is more, and finite wherever torch is; single tokens are further off on all sides, where rounding decides
+between experts. And whatever torch chooses by (`topk`, `sort`, `argmax`) enters the file's TopK and ArgMax in the
+same type, from matrix products of the same type: a router that the model computes in float32 stays so. An input at
+which a file fails gives way to others of its sizes, up to three; at the last of them the widened graph may be off
+at as many tokens as torch itself is with its weights moved by half a unit in the type's last place.
 
 "of" counts the models that were measured, "no kernel" files that onnxruntime's CPU provider does not run, since it
 lacks an operator in that type; of those the other two runs are compared. Errors are the median model's: of each the
