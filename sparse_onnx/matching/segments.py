@@ -25,7 +25,7 @@ _FAR = 2**31 - 1
 _COUNTING = frozenset(
     (
         *(ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT32, ir.DataType.UINT64),
-        *(ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE),
+        *(ir.DataType.FLOAT, ir.DataType.DOUBLE),
     )
 )
 
@@ -256,7 +256,7 @@ class Segments:
 
 
 def _behind_casts(value: ir.Value) -> ir.Value:
-    """Casts between types that hold the numbers of slots there are; in float16 their rounding is not meant."""
+    """Casts between types that hold every number of slots; float16 rounds them from 2049 on."""
     value = flat(value)
     while (node := producer(value, "Cast")) is not None and node.inputs[0] is not None:
         target = ir.DataType(attribute(node, "to"))

@@ -51,6 +51,8 @@ class Sorted(Loop):
         order = self.sort(flat)
         hot = self.op("Equal", self.op("Unsqueeze", flat, [1]), list(range(self.experts)))
         counts = self.op("ReduceSum", self.op("Cast", hot, to=7), [0], keepdims=0)
+        if self.wrong == "rounded counts":
+            counts = self.op("Cast", self.op("Cast", counts, to=10), to=7)
         each = [self.op("Slice", counts, [e], [e + 1]) for e in range(self.experts)]
         ends = [each[0]]
         for count in each[1:]:
@@ -115,7 +117,7 @@ def test_pieces_that_are_columns() -> None:
     check_rewrite(ready(Sorted(cut="range of columns").build()), RecogniseExpertLoop(), rewritten=0)
 
 
-@pytest.mark.parametrize("wrong", ["down", "slots"])
+@pytest.mark.parametrize("wrong", ["down", "slots", "rounded counts"])
 def test_no_pieces_of_experts(wrong: str) -> None:
-    """Sorted the other way, or taken for tokens of another number of slots: nothing is found."""
+    """Sorted the other way, counted in a type that rounds, or taken for tokens of another number of slots."""
     check_rewrite(ready(Sorted(wrong=wrong).build()), RecogniseExpertLoop(), rewritten=0)
