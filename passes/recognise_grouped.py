@@ -15,7 +15,7 @@ addition to the rows of tokens.
 Proved: the order is by ids that lie in [0, E); exactly these ids are counted, in E bins; segment e begins and ends
 where expert e's slots do; both products use the same segments; the way back is the inverse of this order; chains of
 arithmetic on ids and slots are evaluated on all ids, and for slots on thousands of indices and round each of their
-constants. Counts and indices in floating point are taken as the integers that they stand for.
+constants. Counts are integers of 32 bits or more, or floating point that holds them; 16 bits round them from 2049 on.
 
 Refused: a block of which any of this is not proved, expert values used elsewhere, no routing weight.
 Enters If, Loop and Scan bodies. Functions were inlined before.

@@ -125,6 +125,8 @@ class Segments:
         known = constant(vector)
         if known is not None:
             return 0 if index < known.size and known.ravel()[index] == 0 else None
+        if vector.dtype not in (None, *_COUNTING):
+            return None
         node = producer(vector, "CumSum", "Add", "Sum", "Sub", "ReduceSum")
         if node is None:
             return 1 if self._count_in(vector, index) == 0 else None
@@ -175,6 +177,8 @@ class Segments:
 
     def _is_histogram(self, value: ir.Value) -> bool:
         value = _behind_casts(value)
+        if value.dtype not in (None, *_COUNTING):
+            return False
         key = ("histogram", id(value), 0)
         if key not in self._known:
             self._known[key] = self._counts_all(value)
